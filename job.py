@@ -1,0 +1,89 @@
+"""What every script shares as a trainML job or a local run: paths from the TRAINML_* variables, files that are written
+whole or not at all, signals, and mistakes told in one line."""
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+FOLDERS = {"TRAINML_DATA_PATH": "data", "TRAINML_MODEL_PATH": ".", "TRAINML_OUTPUT_PATH": "output"}
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message holds the found value and the remedy."""
+
+
+def default_path(variable, *parts):
+    """Path below the folder that a TRAINML_* variable names, or below its local default when it is unset or empty."""
+    return os.path.join(os.environ.get(variable) or FOLDERS[variable], *parts)
+
+
+def require(path, *, flag, variable):
+    """Returns `path` as a Path; raises InputError naming path, flag and variable if nothing is there."""
+    if not Path(path).exists():
+        raise InputError(f"{path} does not exist: give another with {flag}, or set {variable}")
+    return Path(path)
+
+
+def make_folder(path, *, flag, variable):
+    """Creates the folder if needed and proves that it can be written to; raises InputError if not."""
+    probe = Path(path, f".write-test-{os.getpid()}")
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(bytes(4096))
+        probe.unlink()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+        raise InputError(f"cannot write to {path} ({error.strerror}): give another folder with {flag}, "
+                         f"or set {variable}") from None
+    return Path(path)
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Binary file that takes the place of `path` when the block ends well; otherwise the old file stays as it was."""
+    temporary = Path(path).with_name(f".{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _terminate(signum, frame):
+    raise KeyboardInterrupt(signum)
+
+
+def run(main):
+    """Runs a script's `main`: lines are flushed, SIGTERM ends it like Ctrl-C, a user's mistake is one line and status 2,
+    a disk that is full or read-only one line and status 1."""
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    signal.signal(signal.SIGTERM, _terminate)
+    name = Path(sys.argv[0]).name
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):
+            raise
+        print(f"{name}: error: {error.strerror}: {error.filename or 'output'}; what was written before is intact",
+              file=sys.stderr)
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        print(f"{name}: error: out of memory: lower --batch-size, or raise --rescale-factor", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt as stop:
+        print(f"{name}: stopped", file=sys.stderr)
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))

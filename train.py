@@ -1,0 +1,445 @@
+"""Trains the U-Net on the table that data_processing.py wrote, and scores it on the validation images.
+
+    python train.py --debug --optimizer adamax                        # a few minutes: does everything work?
+    python train.py --optimizer adamw --epochs 10 --train-threshold   # a real run
+    python train.py --checkpoint output/last.pth.tar                  # continues an interrupted run with its flags
+"""
+
+import argparse
+import json
+import math
+import platform
+import random
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
+from torch.utils.tensorboard import SummaryWriter
+
+from data_processing import BOX_COLUMNS, TRAINING_COLUMNS, check_boxes, find_dicom_files, read_table, warn
+from dataset import Augmentation, PneumoniaDataset, split_patients
+from job import InputError, default_path, make_folder, require, run
+from metrics import (BOX_THRESHOLDS, GATE_THRESHOLDS, average_precision_image, mean_average_precision, roc_auc,
+                     search_thresholds, total_average_precision)
+from model import PneumoniaUNET, load_checkpoint, save_checkpoint
+from predict import (BOX_THRESHOLD, GATE_THRESHOLD, RESCALE_FACTORS, Runtime, add_runtime_options, choose_runtime,
+                     find_boxes, positive_int, progress, save_overlay, segment, to_network, to_probabilities, write_csv,
+                     write_text)
+
+OPTIMIZERS = {  # class, and what our defaults change of its own
+    "adam": (torch.optim.Adam, {"lr": 5e-4}),
+    "adamw": (torch.optim.AdamW, {"lr": 5e-4, "weight_decay": 0.01}),
+    "adamax": (torch.optim.Adamax, {"lr": 1e-3}),
+    "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True}),
+    "adagrad": (torch.optim.Adagrad, {"lr": 0.01, "initial_accumulator_value": 0.1}),
+}
+VALIDATION_SHARE = 0.1
+POSITIVE_WEIGHT = 2  # how much more often an image with opacities is drawn in training
+WARMUP = 0.1  # share of the steps in which the learning rate rises
+DEBUG_EPOCHS, DEBUG_STEPS, DEBUG_VALIDATION_STEPS, DEBUG_IMAGES = 2, 50, 10, 100
+CHECK_STEPS = 20  # between looks at the loss, each of which waits for the GPU
+PLACES = ("data", "labels", "save", "checkpoint", "device", "workers")  # flags a continued run does not inherit
+CHANGEABLE = ("epochs", "train_threshold", "save_images", "box_threshold", "gate_threshold", "precision")
+
+
+class Training(NamedTuple):
+    """All that a training step changes or needs."""
+    model: PneumoniaUNET
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    augmentation: Augmentation
+    runtime: Runtime
+
+
+def load_data(args):
+    """Reads train.csv and prepares its images: (data set, training indices, validation indices)."""
+    table = read_table(args.labels, TRAINING_COLUMNS)
+    check_boxes(table, args.labels)
+    files, skipped = find_dicom_files(args.data)
+    warn("files are left out", [f"{path} {reason}" for path, reason in skipped])
+    warn("ids of the table have no image and are left out", sorted(set(table["patientId"]) - files.keys()))
+    table = table[table["patientId"].isin(files.keys())]
+    labels = table.groupby("patientId")["Target"].max()
+    positives = int((labels == 1).sum())
+    if min(positives, len(labels) - positives) < 10:
+        raise InputError(f"{args.labels} and {args.data} share {positives} images with opacities and "
+                         f"{len(labels) - positives} without; training needs 10 of each: check --labels and --data")
+    parts = split_patients(labels.to_dict(), validation_share=VALIDATION_SHARE, seed=args.seed)
+    if args.debug:
+        sizes = (DEBUG_STEPS * args.batch_size, max(DEBUG_VALIDATION_STEPS * args.batch_size, DEBUG_IMAGES))
+        parts = [sorted(random.Random(args.seed).sample(ids, min(size, len(ids)))) for ids, size in zip(parts, sizes)]
+    dataset = prepare(table, {patient_id: files[patient_id] for ids in parts for patient_id in ids}, args)
+    place = {patient_id: index for index, patient_id in enumerate(dataset.patient_ids)}
+    return dataset, *([place[patient_id] for patient_id in ids if patient_id in place] for ids in parts)
+
+
+def prepare(table, files, args):
+    """PneumoniaDataset of `files`, with the classes 0 `Normal`, 1 neither, 2 `Lung Opacity` (Target 1)."""
+    rows = table.drop_duplicates("patientId").set_index("patientId")
+    classes = np.where(rows["Target"] == 1, 2, np.where(rows["class"] == "Normal", 0, 1))
+    boxes = dict.fromkeys(files, ())
+    boxes |= {key: group.to_numpy() for key, group in table[table["Target"] == 1].groupby("patientId")[BOX_COLUMNS]}
+    dataset = PneumoniaDataset(files, boxes, dict(zip(rows.index, classes)), rescale_factor=args.rescale_factor,
+                               workers=args.workers, progress=partial(progress, total=len(files), description="prepare"))
+    warn("images are used in part", [f"{path} {note}" for path, note in dataset.notes])
+    warn("images cannot be read and are left out", [f"{path}: {problem}" for path, problem in dataset.skipped])
+    return dataset
+
+
+def build_loaders(dataset, training, validation, args):
+    """Loaders for training, validation after an epoch, and the final validation, and the generator of the first."""
+    generator = torch.Generator()
+    weights = np.where(dataset.classes[training] == 2, POSITIVE_WEIGHT, 1)
+    samples = min(len(training), DEBUG_STEPS * args.batch_size) if args.debug else len(training)
+    sampler = WeightedRandomSampler(torch.from_numpy(weights).double(), samples, generator=generator)
+    epoch_ids = validation[:DEBUG_VALIDATION_STEPS * args.batch_size] if args.debug else validation
+    final_ids = validation[:DEBUG_IMAGES] if args.debug else validation
+    options = {"batch_size": args.batch_size, "collate_fn": tuple, "pin_memory": torch.cuda.is_available()}
+    train_loader = DataLoader(Subset(dataset, training), sampler=sampler, generator=generator,
+                              drop_last=samples >= args.batch_size, **options)
+    val_loader, final_loader = (DataLoader(Subset(dataset, ids), **options) for ids in (epoch_ids, final_ids))
+    return train_loader, val_loader, final_loader, generator
+
+
+def build_optimizer(model, args, total_steps):
+    """The optimizer, and its schedule: linear warm-up, then a cosine down to the share --learning-rate-decay."""
+    kind, options = OPTIMIZERS[args.optimizer]
+    given = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "eps": args.eps, "momentum": args.momentum}
+    optimizer = kind(model.parameters(), **options | {key: value for key, value in given.items() if value is not None})
+
+    def share(step):
+        warmup = math.ceil(WARMUP * total_steps)
+        if step < warmup:
+            return (step + 1) / warmup
+        cosine = (1 + math.cos(math.pi * min((step - warmup) / max(total_steps - warmup, 1), 1))) / 2
+        return args.learning_rate_decay + (1 - args.learning_rate_decay) * cosine
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+
+def combined_loss(logits, class_logits, masks, classes):
+    """Binary cross-entropy + 0.5 Dice over the batch's pixels + 0.3 cross-entropy of the classes.
+
+    logits and masks (B, 1, S, S), class_logits (B, 3) or None, classes (B,).
+    """
+    probabilities = logits.sigmoid()
+    overlap = 2 * (probabilities * masks).sum() + 1
+    dice = 1 - overlap / (probabilities.sum() + masks.sum() + 1)
+    loss = F.binary_cross_entropy_with_logits(logits, masks) + 0.5 * dice
+    return loss if class_logits is None else loss + 0.3 * F.cross_entropy(class_logits, classes)
+
+
+def train_one_epoch(training, loader, log):
+    """One pass over the loader; calls log(losses, learning_rate) every CHECK_STEPS steps. Returns the mean loss."""
+    model, optimizer, scheduler, scaler, augmentation, runtime = training
+    model.train()
+    pending, total = [], 0.0
+    for step, (images, masks, classes) in enumerate(progress(loader, total=len(loader), description="train"), 1):
+        images, masks = augmentation(to_network(images, runtime.device), masks.to(runtime.device).float())
+        loss = combined_loss(*segment(model, images, runtime), masks, classes.to(runtime.device))
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step()
+        pending.append(loss.detach())
+        if step % CHECK_STEPS == 0 or step == len(loader):
+            losses = torch.stack(pending).tolist()
+            check_losses(losses, step, scheduler)
+            log(losses, scheduler.get_last_lr()[0])
+            total, pending = total + sum(losses), []
+    return total / len(loader)
+
+
+def check_losses(losses, last_step, scheduler):
+    """Raises InputError for a loss that is not finite; `losses` are those of the steps up to `last_step`."""
+    for step, loss in enumerate(losses, last_step - len(losses) + 1):
+        if not math.isfinite(loss):
+            raise InputError(f"the loss is {loss} at step {step} of this epoch, learning rate "
+                             f"{scheduler.get_last_lr()[0]:.2g}: lower --learning-rate; the best files so far are kept")
+
+
+@torch.inference_mode()
+def predict_loader(model, loader, runtime):
+    """Yields for each image its index in the data set, mask (S, S), opacity, and the loss of its batch."""
+    model.eval()
+    indices = iter(loader.dataset.indices)
+    for images, masks, classes in loader:
+        logits, class_logits = segment(model, to_network(images, runtime.device), runtime)
+        loss = combined_loss(logits, class_logits, masks.to(runtime.device).float(), classes.to(runtime.device)).item()
+        for mask, opacity in zip(*to_probabilities(logits, class_logits)):
+            yield next(indices), mask, opacity, loss
+
+
+def evaluate(model, loader, runtime, thresholds, visit=None):
+    """Scores the loader's images with boxes found as predict.py finds them: {"loss", "rsna", "total", "auc"}.
+
+    thresholds {"box_threshold", "gate_threshold"}; `visit(index, mask, (boxes, confidences, original_size))` sees each.
+    The AUC is that of the opacity probability times the mask's maximum against the images' truth.
+    """
+    dataset = loader.dataset.dataset
+    losses, scores, confidences, truths = [], [], [], []
+    for index, mask, opacity, loss in predict_loader(model, loader, runtime):
+        found = find_boxes(mask, opacity, dataset.original_sizes[index], **thresholds)
+        losses.append(loss)
+        scores.append(average_precision_image(*found, dataset.boxes[index]))
+        confidences.append(opacity * mask.max())
+        truths.append(len(dataset.boxes[index]) > 0)
+        if visit:
+            visit(index, mask, (*found, dataset.original_sizes[index]))
+    return {"loss": float(np.mean(losses)), "rsna": mean_average_precision(scores),
+            "total": total_average_precision(scores), "auc": roc_auc(confidences, truths)}
+
+
+def find_thresholds(model, loader, runtime):
+    """Searches the two thresholds on the loader's images: (thresholds, table over BOX_THRESHOLDS x GATE_THRESHOLDS)."""
+    dataset = loader.dataset.dataset
+    scores, opacities, has_target = [], [], []
+    for index, mask, opacity, _ in progress(
+            predict_loader(model, loader, runtime), total=len(loader.dataset), description="search"):
+        boxes, size = dataset.boxes[index], dataset.original_sizes[index]
+        scores.append([average_precision_image(
+            *find_boxes(mask, 1, size, box_threshold=threshold, gate_threshold=0), boxes) for threshold in BOX_THRESHOLDS])
+        opacities.append(opacity)
+        has_target.append(len(boxes) > 0)
+    table, (row, column) = search_thresholds(np.array(scores), np.array(opacities), has_target)
+    return {"box_threshold": float(BOX_THRESHOLDS[row]), "gate_threshold": float(GATE_THRESHOLDS[column])}, table
+
+
+def save_pictures(model, loader, runtime, thresholds, folder):
+    """Scores the loader's images and draws each with its truth into `folder`; returns what evaluate returns."""
+    dataset = loader.dataset.dataset
+    with ThreadPoolExecutor(2) as drawers:
+        drawings = []
+        scores = evaluate(model, loader, runtime, thresholds, lambda index, mask, predicted: drawings.append(drawers.submit(
+            save_overlay, folder / f"{dataset.patient_ids[index]}.png", dataset.images[index].copy(), mask, predicted,
+            dataset.boxes[index])))
+    for drawing in drawings:
+        drawing.result()
+    return scores
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("--data", "-d", default=default_path("TRAINML_DATA_PATH", "stage_2_train_images"), help="folder of DICOM files")
+    add("--labels", "-l", default=default_path("TRAINML_MODEL_PATH", "train.csv"), help="table of data_processing.py")
+    add("--save", default=default_path("TRAINML_OUTPUT_PATH"), help="folder for checkpoints, images, logs and metrics")
+    add("--checkpoint", help="last.pth.tar of a run to continue, or weights to start from")
+    add("--epochs", "-e", type=positive_int, default=2, help="passes over the training images")
+    add("--debug", default=False, action=switch, help="a short run: 2 epochs of 50 steps, 100 images scored, no search")
+    add("--seed", "-s", type=int, default=42, help="of the split, the order, the augmentation and the weights")
+    add("--train-threshold", default=False, action=switch, help="search the two thresholds on the validation images")
+    add("--save-images", default=True, action=switch, help="write annotated validation images")
+    add("--optimizer", "-o", default="adam", choices=list(OPTIMIZERS), help="optimizer")
+    add("--learning-rate", "--lr", type=positive_float, help=f"its peak ({_defaults('lr')})")
+    add("--learning-rate-decay", "--lrd", type=share, default=0.01, help="share of the peak left at the end; 1: constant")
+    add("--momentum", "-m", type=share, help=f"of sgd ({_defaults('momentum')})")
+    add("--eps", type=positive_float, help="term in the optimizer's denominator (default: PyTorch's); not for sgd")
+    add("--weight-decay", "--wd", type=non_negative_float, help=f"({_defaults('weight_decay')}, else 0)")
+    add("--bn-momentum", type=share, default=0.1, help="share of a batch in BatchNorm's running statistics")
+    add("--bn-eps", type=positive_float, default=1e-5, help="term in BatchNorm's denominator")
+    add("--alpha-leaky", "--al", type=non_negative_float, default=0.03, help="slope of LeakyReLU below 0")
+    add("--rescale-factor", "--rf", type=int, choices=RESCALE_FACTORS, default=4, help="1024 / side of network's image")
+    add("--box-threshold", "--bt", type=share, default=BOX_THRESHOLD, help="mask probability that makes a box")
+    add("--gate-threshold", "--gt", type=share, default=GATE_THRESHOLD, help="opacity probability below which an image "
+        "has no boxes")
+    add_runtime_options(parser, batch_size=16)
+    return parser
+
+
+def _defaults(key):
+    return ", ".join(f"{name} {options[key]}" for name, (_, options) in OPTIMIZERS.items() if key in options)
+
+
+def non_negative_float(text):
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no finite number of 0 or above")
+    return float(text)
+
+
+def positive_float(text):
+    if non_negative_float(text) == 0:
+        raise argparse.ArgumentTypeError("0 is too small")
+    return float(text)
+
+
+def share(text):
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
+
+
+def parse_args(argv=None):
+    """Returns arguments, and the model and the rest of the --checkpoint file if there is one.
+
+    To continue a run, its own flags take the place of the defaults. Raises InputError for a flag that could not act.
+    """
+    parser, model, state = make_parser(), None, {}
+    args = parser.parse_args(argv)
+    if args.checkpoint:
+        model, state = load_checkpoint(require(args.checkpoint, flag="--checkpoint", variable="TRAINML_OUTPUT_PATH"))
+    if "optimizer" in state:
+        stored = {key: value for key, value in state["args"].items() if key not in PLACES}
+        parser.set_defaults(**stored)
+        args = parser.parse_args(argv)
+        for key in stored.keys() - CHANGEABLE:
+            _refuse_if(getattr(args, key) != stored[key], f"--{key.replace('_', '-')} {getattr(args, key)}: the run to "
+                       f"continue has {stored[key]}; leave the flag out")
+    elif model is not None:
+        for key, value in model.config.items():
+            _refuse_if(getattr(args, key, value) != value, f"the checkpoint's network has {key} {value}: give "
+                       f"--{key.replace('_', '-')} {value}")
+    _refuse_if(args.momentum is not None and args.optimizer != "sgd", "--momentum acts on --optimizer sgd alone")
+    _refuse_if(args.eps is not None and args.optimizer == "sgd", "--eps has no part in --optimizer sgd")
+    if args.debug:
+        args.epochs, args.train_threshold = min(args.epochs, DEBUG_EPOCHS), False
+    return args, model, state
+
+
+def _refuse_if(wrong, message):
+    if wrong:
+        raise InputError(message)
+
+
+def check_disk(folder, model):
+    """Raises InputError if the checkpoints of a run will not fit: 9 times the weights with Adam and one being written."""
+    needed = 9 * sum(value.nbytes for value in model.state_dict().values())
+    free = shutil.disk_usage(folder).free
+    _refuse_if(free < needed, f"{folder} has {free / 1e6:.0f} MB left, a run needs {needed / 1e6:.0f}: free some, or give "
+               "another folder with --save")
+
+
+def log_epoch(writer, epoch, scores, images_per_second):
+    for tag, name in (("loss/validation", "loss"), ("ap/rsna", "rsna"), ("ap/total", "total"), ("ap/auc", "auc")):
+        writer.add_scalar(tag, scores[name], epoch)
+    writer.add_scalar("speed/images_per_second", images_per_second, epoch)
+
+
+def fit(training, loaders, generators, state, args):
+    """Trains the epochs that are left and keeps last, loss.best and prec.best in args.save; returns scores by epoch."""
+    train_loader, val_loader = loaders
+    thresholds = {"box_threshold": args.box_threshold, "gate_threshold": args.gate_threshold}
+    history = list(state.get("history", []))
+    writer = SummaryWriter(args.save / "logs", purge_step=len(history) * len(train_loader) or None)
+
+    def log(losses, learning_rate):
+        step = training.scheduler.last_epoch
+        for place, loss in enumerate(losses, step - len(losses)):
+            writer.add_scalar("loss/train", loss, place)
+        writer.add_scalar("learning_rate", learning_rate, step)
+
+    for epoch in range(len(history), args.epochs):
+        for generator in generators:
+            generator.manual_seed(args.seed * 1_000_003 + epoch)
+        started = time.monotonic()
+        train_loss = train_one_epoch(training, train_loader, log)
+        speed = len(train_loader.sampler) / (time.monotonic() - started)
+        scores = evaluate(training.model, val_loader, training.runtime, thresholds)
+        log_epoch(writer, epoch, scores, speed)
+        print(f"epoch {epoch + 1}/{args.epochs}: loss {train_loss:.4f}, validation loss {scores['loss']:.4f}, "
+              f"RSNA mAP {scores['rsna']:.4f}, total AP {scores['total']:.4f}, AUC {scores['auc']:.4f}, "
+              f"{speed:.1f} images/s", flush=True)
+        history.append({"train_loss": train_loss, **scores})
+        save_epoch(training, history, args)
+    writer.close()
+    return history
+
+
+def save_epoch(training, history, args):
+    """Writes last.pth.tar, from which a run continues exactly, and the best files where this epoch is the best so far."""
+    model, arguments = training.model, plain_args(args)
+    best = {"loss.best": min(history, key=lambda scores: scores["loss"]),
+            "prec.best": max(reversed(history), key=lambda scores: scores["rsna"])}
+    common = {"rescale_factor": args.rescale_factor, "best_threshold": args.box_threshold,
+              "gate_threshold": args.gate_threshold, "args": arguments, "history": history}
+    for name, scores in best.items():
+        if scores is history[-1]:
+            save_checkpoint(args.save / f"{name}.pth.tar", model, **common)
+    save_checkpoint(args.save / "last.pth.tar", model, optimizer=training.optimizer.state_dict(),
+                    scheduler=training.scheduler.state_dict(), scaler=training.scaler.state_dict(), **common)
+
+
+def plain_args(args):
+    return {key: value if isinstance(value, (int, float, type(None))) else str(value) for key, value in vars(args).items()}
+
+
+def finish(dataset, loader, runtime, args):
+    """Scores the best weights as predict.py will use them and writes final.pth.tar; returns the final figures."""
+    model, state = load_checkpoint(args.save / "prec.best.pth.tar", runtime.device)
+    thresholds = {"box_threshold": args.box_threshold, "gate_threshold": args.gate_threshold}
+    if args.train_threshold:
+        thresholds, _ = find_thresholds(model, loader, runtime)
+    if args.save_images:
+        folder = make_folder(args.save / "images", flag="--save", variable="TRAINML_OUTPUT_PATH")
+        scores = save_pictures(model, loader, runtime, thresholds, folder)
+    else:
+        scores = evaluate(model, loader, runtime, thresholds)
+    figures = {"rsna_mean_average_precision": scores["rsna"], "total_average_precision": scores["total"],
+               "image_roc_auc": scores["auc"], "validation_loss": scores["loss"],
+               "best_threshold": thresholds["box_threshold"], "gate_threshold": thresholds["gate_threshold"]}
+    state = {key: value for key, value in state.items() if key not in ("state_dict", "config")}
+    save_checkpoint(args.save / "final.pth.tar", model, **state | figures)
+    return figures
+
+
+def main(argv=None):
+    started = time.monotonic()
+    args, model, state = parse_args(argv)
+    runtime = choose_runtime(args.device, args.precision)
+    require(args.data, flag="--data", variable="TRAINML_DATA_PATH")
+    require(args.labels, flag="--labels", variable="TRAINML_MODEL_PATH")
+    args.save = make_folder(args.save, flag="--save", variable="TRAINML_OUTPUT_PATH")
+    print(" ".join(f"{key}={value}" for key, value in vars(args).items()), f"on {runtime.device.type} in {runtime.dtype}")
+    torch.manual_seed(args.seed)
+    if model is None:
+        model = PneumoniaUNET(alpha_leaky=args.alpha_leaky, bn_eps=args.bn_eps, bn_momentum=args.bn_momentum)
+    check_disk(args.save, model)
+
+    dataset, *parts = load_data(args)
+    write_csv(args.save / "split.csv", [("patientId", "split"), *(
+        (dataset.patient_ids[index], name) for name, part in zip(("training", "validation"), parts) for index in part)])
+    *loaders, final_loader, generator = build_loaders(dataset, *parts, args)
+    print(f"{len(parts[0])} training and {len(parts[1])} validation images", flush=True)
+    prepared = time.monotonic()
+
+    model = model.to(runtime.device, memory_format=torch.channels_last)
+    optimizer, scheduler = build_optimizer(model, args, args.epochs * len(loaders[0]))
+    augmentation = Augmentation(torch.Generator())
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+    if "optimizer" in state:
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        scaler.load_state_dict(state["scaler"])
+    training = Training(model, optimizer, scheduler, scaler, augmentation, runtime)
+    try:
+        history = fit(training, loaders, (generator, augmentation.generator), state, args)
+    except KeyboardInterrupt:
+        if (args.save / "last.pth.tar").exists():
+            print(f"stopped; continue with: python train.py --checkpoint {args.save / 'last.pth.tar'} --save {args.save}")
+        raise
+    trained = time.monotonic()
+    figures = finish(dataset, final_loader, runtime, args)
+    write_text(args.save / "metrics.json", json.dumps({
+        **figures, "history": history, "training_images": len(parts[0]), "validation_images": len(parts[1]),
+        "skipped_images": len(dataset.skipped), "arguments": plain_args(args), "versions": versions(),
+        "seconds": {"prepare": prepared - started, "train": trained - prepared, "score": time.monotonic() - trained}},
+        indent=1))
+    print(f"Image ROC AUC: {figures['image_roc_auc']:.4f}")
+    print(f"RSNA Mean Average Precision: {figures['rsna_mean_average_precision']:.4f}")
+    print(f"Total Average Precision: {figures['total_average_precision']:.4f}")
+
+
+def versions():
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+
+
+if __name__ == "__main__":
+    run(main)
