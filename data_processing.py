@@ -140,7 +140,7 @@ def _refuse(wrong, table, column, path, reason):
     """Raises InputError for the first row where `wrong` is true; line numbers count the head line as 1."""
     if wrong.any():
         row = wrong.idxmax()
-        raise InputError(f"{path}, line {row + 2}: {column} {table[column][row]!r} {reason}; mend or remove the row")
+        raise InputError(f"{path}, line {row + 2}: {column} '{table[column][row]}' {reason}; mend or remove the row")
 
 
 def check_boxes(table, path):

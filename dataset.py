@@ -106,7 +106,9 @@ def _read_pixels(header):
         return pixels[..., :3] @ np.float32([0.299, 0.587, 0.114])  # ITU-R BT.601
     if not header.PhotometricInterpretation.startswith("MONOCHROME"):
         raise UnreadableImage(f"has the photometric interpretation {header.PhotometricInterpretation}")
-    return apply_voi_lut(apply_modality_lut(pixels, header), header)
+    values = apply_modality_lut(pixels, header)
+    header.pop("RescaleSlope", None)  # pydicom's window turns the grey scale round for a negative slope
+    return apply_voi_lut(values, header)
 
 
 def unit_range(pixels):

@@ -1,0 +1,26 @@
+# make demo: from a fresh clone to a trained model, annotated images and scores on synthetic data
+# make test: from a fresh clone to a green test run
+PYTHON ?= python3
+.PHONY: demo test soak
+
+demo: .venv/installed
+	.venv/bin/python sample_data.py
+	.venv/bin/python data_processing.py
+	.venv/bin/python train.py --optimizer adamw --epochs 10 --rescale-factor 16 --train-threshold
+	.venv/bin/python predict.py --data data/stage_2_test_images --model output/final.pth.tar
+
+test: .venv/tests-installed
+	.venv/bin/python -m pytest -q
+
+# slow tests: a training run killed 20 times
+soak: .venv/tests-installed
+	.venv/bin/python -m pytest -q -m soak
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -q -r requirements.txt
+	touch $@
+
+.venv/tests-installed: .venv/installed tests/requirements.txt
+	.venv/bin/pip install -q -r tests/requirements.txt
+	touch $@

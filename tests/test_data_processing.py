@@ -1,0 +1,138 @@
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import data_processing as dp
+from job import InputError
+
+PIXELS = np.zeros((8, 8), np.uint8)
+LABELS = "patientId,x,y,width,height,Target\na,1,2,3,4,1\na,5,1,2,2,1\nb,,,,,0\nc,,,,,0\n"
+CLASSES = "patientId,class\na,Lung Opacity\na,Lung Opacity\nb,Normal\nc,No Lung Opacity / Not Normal\n"
+
+
+@pytest.fixture
+def study(tmp_path, write_dicom):
+    """Three labelled images in tmp_path/images and their tables in tmp_path."""
+    (tmp_path / "images").mkdir()
+    for name in "abc":
+        write_dicom(tmp_path / "images" / f"{name}.dcm", PIXELS)
+    (tmp_path / "stage_2_train_labels.csv").write_text(LABELS)
+    (tmp_path / "stage_2_detailed_class_info.csv").write_text(CLASSES)
+    return tmp_path
+
+
+def build(study):
+    return dp.build_training_csv(study / "images", study, study)
+
+
+def test_training_csv_has_one_row_per_label_row(study, capsys):
+    build(study)
+    table = pd.read_csv(study / "train.csv")
+    assert list(table) == ("patientId,PatientSex,PatientAge,ViewPosition,x,y,width,height,Target,class").split(",")
+    assert table["patientId"].tolist() == ["a", "a", "b", "c"]
+    assert table.loc[1, ["x", "y", "width", "height"]].tolist() == [5, 1, 2, 2]
+    assert table["Target"].tolist() == [1, 1, 0, 0] and table["PatientAge"].tolist() == [62] * 4
+    assert table["class"].tolist()[1:] == ["Lung Opacity", "Normal", "No Lung Opacity / Not Normal"]
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_prediction_csv(study):
+    dp.main(["--type", "prediction", "--images", str(study / "images"), "--output", str(study)])
+    assert (study / "predict.csv").read_text().splitlines()[:2] == [
+        "patientId,PatientSex,PatientAge,ViewPosition", "a,F,62,PA"]
+
+
+@pytest.mark.parametrize("value, age", [("62", 62), ("062Y", 62), ("006M", 0.5), ("151", None), ("120", None),
+                                        ("119", 119), ("", None), (None, None), ("old", None)])
+def test_ages(value, age):
+    assert dp._age(value) == age
+
+
+def test_missing_tags_are_empty_cells(study, write_dicom):
+    write_dicom(study / "images" / "b.dcm", PIXELS, PatientAge=None, PatientSex="", ViewPosition=None)
+    build(study)
+    assert "b,,,,,,,,0,Normal" in (study / "train.csv").read_text().splitlines()
+
+
+def test_images_and_labels_without_each_other_are_counted_and_named(study, write_dicom, capsys):
+    (study / "images" / "c.dcm").unlink()
+    write_dicom(study / "images" / "d.dcm", PIXELS)
+    (study / "images" / "notes.txt").write_text("no DICOM")
+    (study / "images" / "gone.dcm").symlink_to("nowhere")
+    assert build(study)["patientId"].tolist() == ["a", "a", "b"]
+    out = capsys.readouterr().out
+    assert "1 images without labels are left out: d" in out and "1 labels without an image are left out: c" in out
+    assert "2 left out, no readable DICOM file" in out and "notes.txt" in out and "gone.dcm (is a link to nothing)" in out
+
+
+def test_files_are_found_in_sub_folders_whatever_their_case(tmp_path):
+    (tmp_path / "x.dcm" / "deep").mkdir(parents=True)
+    names = ["x.dcm/deep/Ünïcode name.DCM", "1.2.840.10008", "1.2.840.10009", "b.dcm", "x.dcm/b.dcm", ".hidden.dcm"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    os.mkfifo(tmp_path / "pipe.dcm")
+    files, skipped = dp.find_dicom_files(tmp_path)
+    assert sorted(files) == ["1.2.840.10008", "1.2.840.10009", "b", "Ünïcode name"]
+    assert files["b"] == tmp_path / "b.dcm"
+    reasons = {path.relative_to(tmp_path).as_posix(): reason for path, reason in skipped}
+    assert reasons == {"x.dcm": "is a folder", "pipe.dcm": "is no regular file",
+                       "x.dcm/b.dcm": f"has the same name as {tmp_path / 'b.dcm'}"}
+
+
+@pytest.mark.parametrize("name, old, new, message", [
+    ("labels", "a,1,2,3,4,1", "a,1,,3,4,1", "line 2: y 'nan' is missing though Target is 1"),
+    ("labels", "a,5,1,2,2,1", "a,5,1,-2,2,1", "line 3: width '-2.0' is not above 0"),
+    ("labels", "a,5,1,2,2,1", "a,5,1,2,0,1", "line 3: height '0.0' is not above 0"),
+    ("labels", "a,5,1,2,2,1", "a,five,1,2,2,1", "line 3: x 'five' is no finite number"),
+    ("labels", "a,5,1,2,2,1", "a,inf,1,2,2,1", "line 3: x 'inf' is no finite number"),
+    ("labels", "b,,,,,0", "b,,,,,2", "line 4: Target '2' is neither 0 nor 1"),
+    ("labels", "b,,,,,0", ",,,,,0", "line 4: patientId '' is empty"),
+    ("labels", "width", "breadth", "has no column width"),
+    ("labels", LABELS, "", "cannot be read as a table"),
+    ("labels", LABELS, LABELS.splitlines()[0], "has no rows"),
+    ("class", "a,Lung Opacity\nb", "a,Normal\nb", "line 3: patientId 'a' has two different classes"),
+])
+def test_broken_tables_name_file_line_and_value(study, name, old, new, message):
+    path = study / {"labels": "stage_2_train_labels.csv", "class": "stage_2_detailed_class_info.csv"}[name]
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(InputError) as error:
+        build(study)
+    assert path.name in str(error.value) and message in str(error.value)
+    assert not (study / "train.csv").exists()
+
+
+def test_byte_order_mark_and_windows_line_ends(study):
+    expected = build(study)
+    path = study / "stage_2_train_labels.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    pd.testing.assert_frame_equal(build(study), expected)
+
+
+def test_boxes_outside_the_image_are_named(study, capsys):
+    path = study / "stage_2_train_labels.csv"
+    path.write_text(LABELS.replace("a,5,1,2,2,1", "a,5,1,20,2,1"))
+    build(study)
+    assert "1 boxes reach beyond their image" in capsys.readouterr().out
+
+
+def test_a_failed_write_leaves_the_old_table(study, monkeypatch):
+    build(study)
+    before = (study / "train.csv").read_bytes()
+
+    def break_off(self, file, **options):
+        file.write(b"half a li")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(pd.DataFrame, "to_csv", break_off)
+    with pytest.raises(OSError):
+        build(study)
+    assert (study / "train.csv").read_bytes() == before
+    assert not list(study.glob(".*"))
+
+
+def test_missing_folder_is_named_with_flag_and_variable(tmp_path):
+    with pytest.raises(InputError, match="nowhere does not exist.*--images.*TRAINML_DATA_PATH"):
+        dp.main(["--images", str(tmp_path / "nowhere"), "--output", str(tmp_path)])

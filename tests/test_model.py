@@ -1,0 +1,137 @@
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from job import InputError
+from model import PneumoniaUNET, load_checkpoint, save_checkpoint
+
+LEVELS = {  # name: channels in, in the middle, out; read off a checkpoint of the earlier implementation
+    "down_1": (1, 64, 64), "down_2": (64, 128, 128), "down_3": (128, 256, 256), "down_4": (256, 512, 512),
+    "down_5": (512, 512, 512), "middle": (512, 512, 512), "up_5": (768, 512, 512), "up_4": (768, 512, 512),
+    "up_3": (384, 256, 256), "up_2": (192, 128, 128), "up_1": (96, 64, 1)}
+TRANSPOSED = {"middle_t": (512, 256), "up_5_t": (512, 256), "up_4_t": (512, 128), "up_3_t": (256, 64), "up_2_t": (128, 32)}
+
+
+def earlier_weights(seed=0):
+    """A state_dict with the names and shapes of the earlier implementation, and plausible values."""
+    generator, weights = torch.Generator().manual_seed(seed), {}
+
+    def add(name, convolution, shape, out):
+        weights[f"{name}.{convolution}.weight"] = torch.randn(shape, generator=generator) * (2 / (9 * shape[1])) ** 0.5
+        weights[f"{name}.{convolution}.bias"] = torch.randn(out, generator=generator) * 0.1
+        for key, low in (("weight", 0.5), ("bias", -0.2), ("running_mean", -0.2), ("running_var", 0.5)):
+            weights[f"{name}.bn.{key}"] = low + torch.rand(out, generator=generator)
+        weights[f"{name}.bn.num_batches_tracked"] = torch.tensor(7)
+    for name, (first, middle, out) in LEVELS.items():
+        add(f"{name}.0", "conv", (middle, first, 3, 3), middle)
+        add(f"{name}.1", "conv", (out, middle, 3, 3), out)
+    for name, (first, out) in TRANSPOSED.items():
+        add(name, "conv_t", (first, out, 3, 3), out)
+    return weights
+
+
+def earlier_forward(weights, x):
+    """The earlier network written out with functions alone, from the description of its levels."""
+    def finish(name, x):
+        statistics = [weights[f"{name}.bn.{key}"] for key in ("running_mean", "running_var", "weight", "bias")]
+        return F.leaky_relu(F.batch_norm(x, *statistics, eps=1e-5), 0.03)
+
+    def level(name, x):
+        for block in (f"{name}.0", f"{name}.1"):
+            x = finish(block, F.conv2d(x, weights[f"{block}.conv.weight"], weights[f"{block}.conv.bias"], padding=1))
+        return x
+
+    def up(name, x, skip):
+        wide = F.conv_transpose2d(x, weights[f"{name}.conv_t.weight"], weights[f"{name}.conv_t.bias"], stride=2,
+                                  padding=1, output_padding=1)
+        return torch.cat([skip, finish(name, wide)], dim=1)
+    skips = []
+    for depth in range(1, 6):
+        x = level(f"down_{depth}", x)
+        skips.append(x)
+        x = F.max_pool2d(x, 2)
+    x = level("middle", x)
+    for depth, transposed in zip((5, 4, 3, 2, 1), TRANSPOSED):
+        x = level(f"up_{depth}", up(transposed, x, skips[depth - 1]))
+    return x
+
+
+def test_earlier_checkpoint_gives_the_same_mask(tmp_path):
+    weights = earlier_weights()
+    torch.save({"state_dict": weights, "best_threshold": np.float64(0.12)}, tmp_path / "final.pth.tar")
+    model, checkpoint = load_checkpoint(tmp_path / "final.pth.tar")
+    images = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, theirs = model(images), earlier_forward(weights, images)
+    assert ours.shape == (2, 1, 64, 64) and theirs.std() > 0.01
+    torch.testing.assert_close(ours.sigmoid(), theirs.sigmoid(), atol=1e-4, rtol=0)
+    assert float(checkpoint["best_threshold"]) == 0.12
+    assert model.segment_and_classify(images)[1] is None
+
+
+def test_names_and_shapes_are_the_earlier_ones_but_for_the_last_block_and_the_head():
+    ours = {name: tuple(value.shape) for name, value in PneumoniaUNET().state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in earlier_weights().items()}
+    assert ours.pop("head.weight") == (3, 512) and ours.pop("head.bias") == (3,)
+    assert ours == {name: shape for name, shape in theirs.items() if not name.startswith("up_1.1.bn")}
+
+
+def test_checkpoint_rebuilds_the_model_without_any_flag(tmp_path):
+    torch.manual_seed(0)
+    model = PneumoniaUNET(alpha_leaky=0.2, bn_eps=1e-3, bn_momentum=0.3).eval()
+    save_checkpoint(tmp_path / "a.pth.tar", model, best_threshold=0.4)
+    again, checkpoint = load_checkpoint(tmp_path / "a.pth.tar")
+    images = torch.rand(1, 1, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(again(images), model(images))
+    assert again.config == model.config and checkpoint["best_threshold"] == 0.4
+
+
+def test_untrained_network_expects_few_opacity_pixels():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        assert 0.02 < PneumoniaUNET().eval()(torch.rand(1, 1, 64, 64)).sigmoid().mean() < 0.1
+
+
+class Hostile:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('executed')",)
+
+
+def saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("content, message", [
+    (lambda: pickle.dumps(Hostile()), "no checkpoint that can be loaded safely"),
+    (lambda: saved({"state_dict": {}, "x": Hostile()}), "no checkpoint that can be loaded safely"),
+    (lambda: saved({"state_dict": PneumoniaUNET().state_dict()})[:100_000], "no checkpoint that can be loaded safely"),
+    (lambda: b"", "no checkpoint that can be loaded safely"),
+    (lambda: saved(torch.zeros(3)), "has no state_dict"),
+    (lambda: saved({"model": {}}), "has no state_dict"),
+    (lambda: saved({"state_dict": torch.nn.Linear(2, 2).state_dict()}), "not hold the weights of this network"),
+    (lambda: saved({"state_dict": {**PneumoniaUNET().state_dict(), "head.bias": torch.zeros(4)}}),
+     "not hold the weights of this network"),
+    (lambda: saved({"state_dict": {}, "config": {"layers": 9}}), "not hold the weights of this network"),
+])
+def test_bad_checkpoints_are_refused_in_one_line(tmp_path, content, message):
+    path = tmp_path / "bad.pth.tar"
+    path.write_bytes(content())
+    with pytest.raises(InputError, match=message) as error:
+        load_checkpoint(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "a.pth.tar"
+    save_checkpoint(path, PneumoniaUNET())
+    before = path.read_bytes()
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        save_checkpoint(path, PneumoniaUNET(), broken=lambda: None)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

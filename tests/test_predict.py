@@ -1,0 +1,137 @@
+import csv
+import json
+import os
+import stat
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import predict
+from job import InputError
+from model import PneumoniaUNET, save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A network that sees opacities in bright places: enough to get boxes without training."""
+    torch.manual_seed(0)
+    model = PneumoniaUNET()
+    path = tmp_path_factory.mktemp("model") / "final.pth.tar"
+    save_checkpoint(path, model, best_threshold=0.04, gate_threshold=0.0, rescale_factor=16)
+    return path
+
+
+def run(data, checkpoint, output, *flags):
+    return predict.main(["--data", str(data), "--model", str(checkpoint), "--output", str(output), *flags])
+
+
+def read_csv(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def test_every_file_is_in_annotations_or_skipped(tmp_path, checkpoint, write_dicom, capsys):
+    data, output = tmp_path / "in put", tmp_path / "not" / "there yet"
+    (data / "sub" / "x.dcm").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in ("a.dcm", "sub/Ünï code.DCM", "1.2.3"):
+        write_dicom(data / name, rng.integers(0, 4096, (48, 64)).astype(np.uint16))
+    write_dicom(data / "sub" / "a.dcm", np.eye(4, dtype=np.uint8))
+    (data / "readme.txt").write_text("no radiograph")
+    data.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    assert run(data, checkpoint, output) == 0
+    annotations = json.loads((output / "annotations.json").read_text("utf-8"))
+    assert set(annotations) == {"a", "Ünï code", "1.2.3"}
+    assert read_csv(output / "submission.csv") == [["patientId", "PredictionString"], *map(list, annotations.items())]
+    skipped = dict(read_csv(output / "skipped.csv")[1:])
+    assert {os.path.relpath(path, data) for path in skipped} == {"sub/x.dcm", "sub/a.dcm", "readme.txt"}
+    assert {path.stem for path in (output / "images").iterdir()} == set(annotations)
+    assert "3 images predicted" in capsys.readouterr().out
+
+
+def test_nothing_to_predict_is_status_1_and_old_reports_go(tmp_path, checkpoint, write_dicom):
+    data, output = tmp_path / "data", tmp_path / "output"
+    data.mkdir()
+    (data / "a.dcm").write_text("no DICOM")
+    assert run(data, checkpoint, output) == 1
+    assert json.loads((output / "annotations.json").read_text()) == {} and (output / "skipped.csv").exists()
+    write_dicom(data / "a.dcm", np.eye(32, dtype=np.uint8))
+    assert run(data, checkpoint, output, "--no-save-images") == 0
+    assert not (output / "skipped.csv").exists() and not list((output / "images").iterdir())
+
+
+def test_batch_size_does_not_change_the_boxes(tmp_path, checkpoint, write_dicom):
+    for i in range(5):
+        write_dicom(tmp_path / f"{i}.dcm", np.random.default_rng(i).integers(0, 255, (64, 64)).astype(np.uint8))
+    files = {path.stem: path for path in sorted(tmp_path.glob("*.dcm"))}
+    model, _ = predict.load_checkpoint(checkpoint)
+    runtime = predict.choose_runtime("cpu", "fp32")
+    one, many = ([mask for *_, mask, _ in predict.predict_files(
+        model, files, runtime, batch_size=size, rescale_factor=16, workers=2)] for size in (1, 3))
+    np.testing.assert_allclose(one, many, atol=1e-5)
+
+
+def test_boxes_come_back_in_original_pixels():
+    mask = np.zeros((64, 64), np.float32)
+    mask[16:32, 8:24] = 0.8
+    mask[60:61, 60:61] = 0.9  # 16 x 16 original pixels: too small
+    thresholds = {"box_threshold": 0.5, "gate_threshold": 0.3}
+    boxes, confidences = predict.find_boxes(mask, 0.5, (2048, 1024), **thresholds)
+    assert boxes.tolist() == [[128, 512, 256, 512]] and confidences.tolist() == pytest.approx([0.4])
+    assert len(predict.find_boxes(mask, 0.29, (2048, 1024), **thresholds)[0]) == 0
+
+
+def test_overlay_shows_truth_prediction_and_keeps_the_aspect():
+    mask = np.zeros((64, 64), np.float32)
+    predicted = ([[200, 400, 300, 500]], [0.7], (2000, 1000))
+    picture = predict.draw_overlay(np.zeros((64, 64), np.uint8), mask, predicted, truth=[[100, 1200, 600, 300]])
+    assert picture.size == (512, 1024 + 24)
+    pixels = np.asarray(picture)[:1024]
+    for colour, x, y in ((predict.PREDICTION, 200, 400), (predict.TRUTH, 100, 1200)):
+        rows, columns = np.nonzero((pixels == colour).all(axis=-1))
+        assert abs(columns.min() - x * 0.512) <= 2 and rows.size > 100
+        assert (pixels[round(y * 0.512), round((x + 6) * 0.512)] == colour).all()
+
+
+def test_heat_map_follows_the_mask():
+    mask = np.zeros((64, 64), np.float32)
+    mask[:, 32:] = 1
+    pixels = np.asarray(predict.draw_overlay(np.full((64, 64), 128, np.uint8), mask, ([], [], (512, 512))), int)
+    assert (pixels[100, 100] == 128).all() and pixels[100, 400, 0] > pixels[100, 400, 2] + 50
+
+
+@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1)])
+def test_extreme_shapes_can_be_drawn(shape):
+    picture = predict.draw_overlay(np.zeros((64, 64), np.uint8), np.zeros((64, 64), np.float32), ([], [], shape))
+    assert picture.size[0] == 512 and 40 <= picture.size[1] <= 2048 + 24
+
+
+def test_overlay_is_a_png(tmp_path):
+    predict.save_overlay(tmp_path / "a.png", np.zeros((64, 64), np.uint8), np.zeros((64, 64)), ([], [], (64, 64)))
+    with Image.open(tmp_path / "a.png") as picture:
+        picture.load()
+        assert picture.format == "PNG" and picture.size == (512, 536)
+
+
+def test_names_that_are_no_text_survive(tmp_path):
+    predict.write_text(tmp_path / "a.json", json.dumps({"caf\udce9": "Ü"}, ensure_ascii=False))
+    assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {"caf\udce9": "Ü"}
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--data", "nowhere"], "nowhere does not exist.*--data.*TRAINML_DATA_PATH"),
+    (["--data", ".", "--model", "nothing.tar"], "nothing.tar does not exist.*--model.*TRAINML_MODEL_PATH"),
+    (["--device", "cpu", "--precision", "fp16"], "fp16 needs a GPU"),
+])
+def test_mistakes_are_named(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        predict.main(argv)
+
+
+def test_progress_prints_plain_lines_in_a_job_log(monkeypatch, capsys):
+    monkeypatch.setattr(predict, "LOG_SECONDS", -1)
+    assert list(predict.progress(range(3), total=3, description="work")) == [0, 1, 2]
+    assert capsys.readouterr().out.splitlines() == ["work: 1 of 3", "work: 2 of 3", "work: 3 of 3"]

@@ -1,0 +1,181 @@
+"""The synthetic data set: layout, headers, boxes, repeatability, and that it spares what it did not make."""
+
+import uuid
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from pydicom import config, dcmread
+from pydicom.encaps import get_frame
+
+import sample_data
+from job import InputError
+
+TRAIN, TEST = 10, 2
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("synthetic") / "data"
+    sample_data.main(["--train", str(TRAIN), "--test", str(TEST), "--output", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def labels(folder):
+    return pd.read_csv(folder / "stage_2_train_labels.csv")
+
+
+@pytest.fixture(scope="module")
+def datasets(folder):
+    with config.disable_value_validation():
+        return [dcmread(path) for path in sorted(folder.glob("*/*.dcm"))]
+
+
+def test_layout(folder, labels):
+    train = {path.stem for path in folder.glob("stage_2_train_images/*")}
+    test = {path.stem for path in folder.glob("stage_2_test_images/*")}
+    assert (len(train), len(test), len(train & test)) == (TRAIN, TEST, 0)
+    assert all(str(uuid.UUID(name)) == name for name in train | test)
+    assert set(labels["patientId"]) == train
+
+
+def test_tables(folder, labels):
+    classes = pd.read_csv(folder / "stage_2_detailed_class_info.csv")
+    assert list(labels) == ["patientId", "x", "y", "width", "height", "Target"]
+    assert list(classes) == ["patientId", "class"]
+    assert list(labels["patientId"]) == list(classes["patientId"])
+    assert list(labels["Target"] == 1) == list(classes["class"] == sample_data.OPACITY)
+    assert set(classes["class"]) == set(sample_data.CLASSES)
+    assert labels[labels["Target"] == 1]["patientId"].nunique() == 4
+    assert labels[labels["Target"] == 0].drop(columns=["patientId", "Target"]).isna().all(axis=None)
+
+
+def test_table_cells_are_written_as_in_the_challenge(folder):
+    rows = (folder / "stage_2_train_labels.csv").read_text().splitlines()[1:]
+    assert all(row.endswith(",,,,,0") or row.endswith(".0,1") for row in rows)
+
+
+def test_boxes_lie_in_the_image(labels):
+    boxes = labels[labels["Target"] == 1]
+    assert (boxes[["x", "y"]] >= 0).all(axis=None) and (boxes[["width", "height"]] > 0).all(axis=None)
+    assert (boxes["x"] + boxes["width"]).max() <= 1024 and (boxes["y"] + boxes["height"]).max() <= 1024
+
+
+def test_header_is_the_challenges(datasets):
+    for dataset in datasets:
+        assert dataset.file_meta.TransferSyntaxUID == "1.2.840.10008.1.2.4.50"
+        assert dataset.SOPClassUID.name == "Secondary Capture Image Storage"
+        assert (dataset.Modality, dataset.ConversionType, dataset.BodyPartExamined) == ("CR", "WSD", "CHEST")
+        assert (dataset.Rows, dataset.Columns, dataset.BitsStored) == (1024, 1024, 8)
+        assert dataset.PhotometricInterpretation == "MONOCHROME2"
+        assert dataset.PatientSex in ("M", "F") and dataset.ViewPosition in ("AP", "PA")
+        assert dataset.PatientAge.isdecimal() and len(dataset.PixelSpacing) == 2
+        assert "WindowCenter" not in dataset and "RescaleSlope" not in dataset
+
+
+def test_pixels_are_a_jpeg_stream_without_jfif(datasets):
+    for dataset in datasets:
+        stream = get_frame(dataset.PixelData, 0, number_of_frames=1)
+        assert stream[:2] == b"\xff\xd8" and stream[2:4] != b"\xff\xe0" and b"JFIF" not in stream[:64]
+        pixels = dataset.pixel_array
+        assert pixels.shape == (1024, 1024) and pixels.dtype == np.uint8 and pixels.std() > 20
+
+
+def test_encoding_keeps_the_image(tmp_path):
+    image = np.tile(np.linspace(0, 255, 1024), (1024, 1)).astype(np.uint8)
+    (tmp_path / "image.jpg").write_bytes(sample_data.encode_jpeg(image))
+    with Image.open(tmp_path / "image.jpg") as decoded:
+        assert np.abs(np.int16(decoded) - image).max() <= 3
+
+
+def test_an_image_depends_on_its_seed_and_index_alone(folder, tmp_path):
+    sample_data.write_images(tmp_path / "one", 3, seed=42, split=0, workers=1)
+    sample_data.write_images(tmp_path / "three", 3, seed=42, split=0, workers=3)
+    made = contents(tmp_path / "one")
+    assert made == contents(tmp_path / "three")
+    assert made.items() <= contents(folder / "stage_2_train_images").items()
+    assert sample_data.patient_id_of(42, 0, 0) != sample_data.patient_id_of(43, 0, 0)
+
+
+def test_box_sizes_follow_the_challenge():
+    rng = np.random.default_rng(0)
+    sizes = np.array([sample_data.draw_box_size(rng) for _ in range(4000)])
+    assert np.percentile(sizes, [5, 50, 95], axis=0) == pytest.approx(
+        np.array([[124, 121], [217, 298], [317, 623]]), rel=0.07)
+    assert np.percentile(sizes.prod(axis=1), [5, 50, 95]) == pytest.approx([17153, 64829, 180948], rel=0.12)
+
+
+def test_a_box_holds_its_opacity_and_two_have_a_lung_each():
+    rng = np.random.default_rng(3)
+    _, lungs = sample_data.draw_chest(rng, set())
+    for _ in range(30):
+        fields = sample_data.opacity_fields(rng, lungs)
+        opacities = [sample_data.draw_opacity(rng, field) for field in fields]
+        for patch, box in opacities:
+            x, y, width, height = (int(value) // sample_data.CELL for value in box)
+            visible = patch > 0.35
+            assert visible[y : y + height, x : x + width].sum() == visible.sum() > 0.4 * width * height
+        if len(opacities) == 2:
+            (left, _, width, _), (right, *_) = sorted(box for _, box in opacities)
+            assert left + width <= right + 40
+
+
+@pytest.mark.parametrize("name", sample_data.IMAGES + sample_data.TABLES)
+def test_refuses_data_of_others(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("patientId\n") if name.endswith(".csv") else path.mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="did not make .*--output"):
+        sample_data.main(["--train", "1", "--test", "0", "--output", str(tmp_path)])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_refuses_what_others_put_over_its_own(tmp_path):
+    arguments = ["--train", "2", "--test", "0", "--output", str(tmp_path)]
+    sample_data.main(arguments)
+    foreign = tmp_path / "stage_2_train_images" / "00436515-870c-4b36-a041-de91049b9ab4.dcm"
+    foreign.write_bytes(b"a radiograph")
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match="stage_2_train_images"):
+        sample_data.main(arguments)
+    assert contents(tmp_path) == before
+    foreign.unlink()
+    labels = tmp_path / "stage_2_train_labels.csv"
+    labels.write_text(labels.read_text() + "00436515-870c-4b36-a041-de91049b9ab4,,,,,0\n")
+    with pytest.raises(InputError, match="stage_2_train_labels.csv"):
+        sample_data.main(arguments)
+
+
+def test_refuses_a_link_to_other_data(tmp_path):
+    output = tmp_path / "data"
+    sample_data.main(["--train", "1", "--test", "0", "--output", str(output)])
+    (output / "stage_2_test_images").rmdir()
+    (output / "stage_2_test_images").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="stage_2_test_images"):
+        sample_data.main(["--output", str(output)])
+
+
+def test_replaces_its_own(tmp_path, capsys):
+    arguments = ["--train", "2", "--test", "1", "--output", str(tmp_path)]
+    sample_data.main(arguments)
+    first = contents(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    sample_data.main(["--train", "1", "--test", "0", "--seed", "7", "--output", str(tmp_path)])
+    assert len(list(tmp_path.glob("*/*.dcm"))) == 1 and (tmp_path / "notes.txt").exists()
+    sample_data.main(arguments)
+    (tmp_path / "notes.txt").unlink()
+    assert contents(tmp_path) == first
+    assert "2 training images (2 positive" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--train", "0"], ["--test", "-1"], ["--seed", "-1"]])
+def test_refuses_impossible_numbers(arguments, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        sample_data.main([*arguments, "--output", str(tmp_path / "data")])
+    assert not (tmp_path / "data").exists()
