@@ -75,8 +75,8 @@ def _header_row(item):
         header = read_header(path)
     except ValueError as error:
         return patient_id, str(error)
-    return {"patientId": patient_id, "PatientSex": _text(header["PatientSex"]), "PatientAge": _age(header["PatientAge"]),
-            "ViewPosition": _text(header["ViewPosition"]), "Rows": header["Rows"], "Columns": header["Columns"]}
+    return header | {"patientId": patient_id, "PatientSex": _text(header["PatientSex"]),
+                     "PatientAge": _age(header["PatientAge"]), "ViewPosition": _text(header["ViewPosition"])}
 
 
 def _text(value):
@@ -115,7 +115,7 @@ def warn(what, items):
 def read_table(path, columns):
     """Reads a CSV with at least `columns`; raises InputError naming the file, and line and value where one is wrong.
 
-    Text columns come stripped; x, y, width, height and Target as numbers. A byte order mark and Windows line ends are fine.
+    Text columns come stripped; x, y, width, height and Target as numbers. Byte order mark and Windows line ends are fine.
     """
     try:
         table = pd.read_csv(path, dtype=str, encoding="utf-8-sig", keep_default_na=False, skipinitialspace=True)
@@ -196,7 +196,7 @@ def make_parser():
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--images", "-i", default=default_path("TRAINML_DATA_PATH", "stage_2_train_images"), help="folder of DICOM files")
+    add("--images", "-i", default=default_path("TRAINML_DATA_PATH", "stage_2_train_images"), help="folder of images")
     add("--labels", "-l", default=default_path("TRAINML_DATA_PATH"), help="folder of the two label tables")
     add("--output", "-o", default=default_path("TRAINML_MODEL_PATH"), help="folder for the CSV file")
     add("--type", "-t", default="training", choices=["training", "train", "prediction"], help="which table to write")

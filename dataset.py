@@ -164,7 +164,8 @@ class _Reader:
         # fork starts in milliseconds and is safe here: the child runs neither PyTorch nor threads
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
         self.connection, child_end = context.Pipe()
-        self.process = context.Process(target=_serve, args=(child_end, self.connection, self.rescale_factor), daemon=True)
+        arguments = (child_end, self.connection, self.rescale_factor)
+        self.process = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         child_end.close()
 
@@ -187,7 +188,7 @@ class _Reader:
 
 
 def read_images(paths, *, rescale_factor, workers):
-    """Yields a Reading for each path, in order, decoded by `workers` processes that stay up to AHEAD files ahead each."""
+    """Yields a Reading for each path, in order, decoded by `workers` processes up to AHEAD files ahead each."""
     idle, window = SimpleQueue(), deque()
     readers = [_Reader(rescale_factor) for _ in range(workers)]
     for reader in readers:
@@ -233,8 +234,8 @@ class PneumoniaDataset(Dataset):
     """Radiographs with masks and classes, in network pixels; every file is decoded once, when the data set is made.
 
     files {patient_id: path}, boxes {patient_id: (n, 4)} in original pixels, classes {patient_id: 0..2}, all with the
-    same keys. The images lie as uint8 in a temporary file that is mapped into memory and has no name, so nothing is left
-    of it when the run ends, however it ends. Unreadable files are left out: `skipped` [(path, reason)].
+    same keys. The images lie as uint8 in a nameless temporary file that is mapped into memory, so nothing of it is left
+    when the run ends, however it ends. Unreadable files are left out: `skipped` [(path, reason)].
 
     Raises InputError if more than MAX_UNREADABLE of the files cannot be read or the disk has no room for the cache.
     """
@@ -267,8 +268,9 @@ class PneumoniaDataset(Dataset):
             try:
                 os.posix_fallocate(file.fileno(), 0, size)
             except OSError as error:
-                raise InputError(f"no room for {size / 1e9:.1f} GB of prepared images in {tempfile.gettempdir()} "
-                                 f"({error.strerror}): set TMPDIR to a larger disk, or raise --rescale-factor") from None
+                raise InputError(
+                    f"no room for {size / 1e9:.1f} GB of prepared images in {tempfile.gettempdir()} ({error.strerror}): "
+                    "set TMPDIR to a larger disk, or raise --rescale-factor") from None
             self._map = mmap.mmap(file.fileno(), size)
         return np.frombuffer(self._map, np.uint8).reshape(count, self.side, self.side)
 
@@ -333,7 +335,7 @@ class Augmentation:
         return (images ** gamma * gain).clamp_(0, 1), masks
 
     def _grid(self, shape):
-        """Sampling grid (B, H, W, 2): rotation, scale, shift and flip of 5 x 5 nodes, each displaced, with lines between."""
+        """Sampling grid (B, H, W, 2): 5 x 5 nodes turned, scaled, shifted, flipped and each displaced; lines between."""
         count = shape[0]
         angle, scale = self._uniform(count, self.rotation), 1 + self._uniform(count, self.scale)
         flip = torch.randint(2, (count,), generator=self.generator) * 2 - 1

@@ -63,8 +63,8 @@ def _terminate(signum, frame):
 
 
 def run(main):
-    """Runs a script's `main`: lines are flushed, SIGTERM ends it like Ctrl-C, a user's mistake is one line and status 2,
-    a disk that is full or read-only one line and status 1."""
+    """Runs a script's `main`: lines are flushed, SIGTERM ends it like Ctrl-C, a user's mistake is one line and status
+    2; a full or read-only disk and too little memory are one line and status 1."""
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     signal.signal(signal.SIGTERM, _terminate)
     name = Path(sys.argv[0]).name

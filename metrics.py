@@ -50,8 +50,8 @@ def average_precision_image(predicted_boxes, confidences, target_boxes):
     """The challenge's score of one image: the mean over IOU_THRESHOLDS of TP / (TP + FP + FN).
 
     In descending confidence each prediction takes the target left over that it overlaps most, if their IoU is above the
-    threshold. Both kinds of boxes in the same pixels. NaN if there are neither predictions nor targets, 0 if only one of
-    the two.
+    threshold. Both kinds of boxes in the same pixels. NaN if there are neither predictions nor targets, 0 if there is
+    only one of the two.
     """
     predictions, targets = len(predicted_boxes), len(target_boxes)
     if not predictions or not targets:

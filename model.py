@@ -112,8 +112,8 @@ def save_checkpoint(path, model, **state):
 def load_checkpoint(path, device="cpu"):
     """Rebuilds a model from a checkpoint of ours or of the earlier implementation; nothing in the file is executed.
 
-    Returns the model on `device` in evaluation mode, and the checkpoint's dictionary. Raises InputError with the reason if
-    the file is missing or broken, holds anything but plain values and tensors, or belongs to another network.
+    Returns the model on `device` in evaluation mode, and the checkpoint's dictionary. Raises InputError with the reason
+    if the file is missing or broken, holds anything but plain values and tensors, or belongs to another network.
     """
     checkpoint = _read_checkpoint(path, device)
     weights = checkpoint["state_dict"]

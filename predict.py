@@ -9,13 +9,14 @@ import argparse
 import csv
 import io
 import json
+import math
 import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cache
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from data_processing import find_dicom_files, warn
-from dataset import IMAGE_SIDE, read_images, rescale_boxes
+from dataset import read_images, rescale_boxes
 from job import InputError, atomic_write, default_path, make_folder, require, run
 from metrics import MIN_AREA, parse_boxes, prediction_string
 from model import load_checkpoint
@@ -43,11 +44,11 @@ class Runtime(NamedTuple):
     dtype: torch.dtype
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
 
 def choose_runtime(device, precision):
-    """Resolves `auto`: the first of CUDA, MPS and CPU that is there, and the fastest precision that it computes natively.
+    """Resolves `auto`: the first of CUDA, MPS and CPU that is there, and the fastest precision it computes natively.
 
     Raises InputError for a device that is not there and for fp16 on the CPU.
     """
@@ -139,8 +140,8 @@ def draw_overlay(image, mask, predicted, truth=None):
         draw.rectangle(_corners(box), outline=TRUTH, width=2)
     for box, confidence in zip(rescale_boxes(boxes, original_size, size[::-1]), confidences):
         _dashed_rectangle(draw, _corners(box))
-        x, y = _corners(box)[:2]
-        draw.text((x + 3, max(y - 17, 1)), f"{confidence:.2f}", PREDICTION, _font(), stroke_width=1, stroke_fill="black")
+        place = box[0] + 3, max(box[1] - 17, 1)
+        draw.text(place, f"{confidence:.2f}", PREDICTION, _font(), stroke_width=1, stroke_fill="black")
     _draw_legend(draw, height, truth is not None)
     return canvas
 
@@ -198,8 +199,8 @@ def predict_files(model, files, runtime, *, batch_size, rescale_factor, workers)
     """Yields (patient_id, Reading, mask, opacity) for each of files {patient_id: path}; mask None where unreadable."""
     readings = zip(files, read_images(files.values(), rescale_factor=rescale_factor, workers=workers))
     for batch in batched(readings, batch_size):
-        images = [reading.image for _, reading in batch if reading.image is not None]
-        predictions = zip(*predict_masks(model, torch.from_numpy(np.stack(images))[:, None], runtime)) if images else None
+        images = [reading.image[None] for _, reading in batch if reading.image is not None]
+        predictions = zip(*predict_masks(model, torch.from_numpy(np.stack(images)), runtime)) if images else None
         for patient_id, reading in batch:
             yield patient_id, reading, *((None, None) if reading.image is None else next(predictions))
 
@@ -233,16 +234,20 @@ def make_parser():
 def add_runtime_options(parser, *, batch_size):
     """The flags that train.py and predict.py share."""
     add = parser.add_argument
-    add("--batch-size", "--bs", type=positive_int, default=batch_size, help="images in a batch")
+    add("--batch-size", "--bs", type=number(1, math.inf, int), default=batch_size, help="images in a batch")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="where the network runs")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="of the network's arithmetic")
-    add("--workers", type=positive_int, default=os.cpu_count(), help="processes that decode images")
+    add("--workers", type=number(1, math.inf, int), default=os.cpu_count(), help="processes that decode images")
 
 
-def positive_int(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return int(text)
+def number(low, high, kind=float):
+    """A type for argparse: a number of `kind`, finite and in low..high."""
+    def parse(text):
+        if not (low <= kind(text) <= high and math.isfinite(kind(text))):
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return kind(text)
+    parse.__name__ = "number"  # argparse: "invalid number value"
+    return parse
 
 
 def main(argv=None):

@@ -14,6 +14,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,27 +23,50 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 from torch.utils.tensorboard import SummaryWriter
 
-from data_processing import BOX_COLUMNS, TRAINING_COLUMNS, check_boxes, find_dicom_files, read_table, warn
+from data_processing import BOX_COLUMNS, check_boxes, find_dicom_files, read_table, warn
 from dataset import Augmentation, PneumoniaDataset, split_patients
-from job import InputError, default_path, make_folder, require, run
-from metrics import (BOX_THRESHOLDS, GATE_THRESHOLDS, average_precision_image, mean_average_precision, roc_auc,
-                     search_thresholds, total_average_precision)
+from job import InputError, atomic_write, default_path, make_folder, require, run
+from metrics import (
+    BOX_THRESHOLDS,
+    GATE_THRESHOLDS,
+    average_precision_image,
+    mean_average_precision,
+    roc_auc,
+    search_thresholds,
+    total_average_precision,
+)
 from model import PneumoniaUNET, load_checkpoint, save_checkpoint
-from predict import (BOX_THRESHOLD, GATE_THRESHOLD, RESCALE_FACTORS, Runtime, add_runtime_options, choose_runtime,
-                     find_boxes, positive_int, progress, save_overlay, segment, to_network, to_probabilities, write_csv,
-                     write_text)
+from predict import (
+    BOX_THRESHOLD,
+    GATE_THRESHOLD,
+    RESCALE_FACTORS,
+    Runtime,
+    add_runtime_options,
+    choose_runtime,
+    draw_overlay,
+    find_boxes,
+    positive_int,
+    progress,
+    save_overlay,
+    segment,
+    to_network,
+    to_probabilities,
+    write_csv,
+    write_text,
+)
 
 OPTIMIZERS = {  # class, and what our defaults change of its own
     "adam": (torch.optim.Adam, {"lr": 5e-4}),
     "adamw": (torch.optim.AdamW, {"lr": 5e-4, "weight_decay": 0.01}),
     "adamax": (torch.optim.Adamax, {"lr": 1e-3}),
-    "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True}),
+    "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
     "adagrad": (torch.optim.Adagrad, {"lr": 0.01, "initial_accumulator_value": 0.1}),
 }
 VALIDATION_SHARE = 0.1
 POSITIVE_WEIGHT = 2  # how much more often an image with opacities is drawn in training
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 DEBUG_EPOCHS, DEBUG_STEPS, DEBUG_VALIDATION_STEPS, DEBUG_IMAGES = 2, 50, 10, 100
+SHOWN = 4  # validation images drawn for TensorBoard after every epoch
 CHECK_STEPS = 20  # between looks at the loss, each of which waits for the GPU
 PLACES = ("data", "labels", "save", "checkpoint", "device", "workers")  # flags a continued run does not inherit
 CHANGEABLE = ("epochs", "train_threshold", "save_images", "box_threshold", "gate_threshold", "precision")
@@ -60,7 +84,7 @@ class Training(NamedTuple):
 
 def load_data(args):
     """Reads train.csv and prepares its images: (data set, training indices, validation indices)."""
-    table = read_table(args.labels, TRAINING_COLUMNS)
+    table = read_table(args.labels, ["patientId", *BOX_COLUMNS, "Target", "class"])
     check_boxes(table, args.labels)
     files, skipped = find_dicom_files(args.data)
     warn("files are left out", [f"{path} {reason}" for path, reason in skipped])
@@ -82,12 +106,13 @@ def load_data(args):
 
 def prepare(table, files, args):
     """PneumoniaDataset of `files`, with the classes 0 `Normal`, 1 neither, 2 `Lung Opacity` (Target 1)."""
-    rows = table.drop_duplicates("patientId").set_index("patientId")
+    rows = table.sort_values("Target", ascending=False).drop_duplicates("patientId").set_index("patientId")
     classes = np.where(rows["Target"] == 1, 2, np.where(rows["class"] == "Normal", 0, 1))
     boxes = dict.fromkeys(files, ())
     boxes |= {key: group.to_numpy() for key, group in table[table["Target"] == 1].groupby("patientId")[BOX_COLUMNS]}
-    dataset = PneumoniaDataset(files, boxes, dict(zip(rows.index, classes)), rescale_factor=args.rescale_factor,
-                               workers=args.workers, progress=partial(progress, total=len(files), description="prepare"))
+    dataset = PneumoniaDataset(
+        files, boxes, dict(zip(rows.index, classes)), rescale_factor=args.rescale_factor, workers=args.workers,
+        progress=partial(progress, total=len(files), description="prepare"))
     warn("images are used in part", [f"{path} {note}" for path, note in dataset.notes])
     warn("images cannot be read and are left out", [f"{path}: {problem}" for path, problem in dataset.skipped])
     return dataset
@@ -101,7 +126,8 @@ def build_loaders(dataset, training, validation, args):
     sampler = WeightedRandomSampler(torch.from_numpy(weights).double(), samples, generator=generator)
     epoch_ids = validation[:DEBUG_VALIDATION_STEPS * args.batch_size] if args.debug else validation
     final_ids = validation[:DEBUG_IMAGES] if args.debug else validation
-    options = {"batch_size": args.batch_size, "collate_fn": tuple, "pin_memory": torch.cuda.is_available()}
+    on_gpu = torch.cuda.is_available() and args.device != "cpu"
+    options = {"batch_size": args.batch_size, "collate_fn": tuple, "pin_memory": on_gpu}
     train_loader = DataLoader(Subset(dataset, training), sampler=sampler, generator=generator,
                               drop_last=samples >= args.batch_size, **options)
     val_loader, final_loader = (DataLoader(Subset(dataset, ids), **options) for ids in (epoch_ids, final_ids))
@@ -178,10 +204,11 @@ def predict_loader(model, loader, runtime):
 
 
 def evaluate(model, loader, runtime, thresholds, visit=None):
-    """Scores the loader's images with boxes found as predict.py finds them: {"loss", "rsna", "total", "auc"}.
+    """Scores the loader's images with boxes found as predict.py finds them.
 
     thresholds {"box_threshold", "gate_threshold"}; `visit(index, mask, (boxes, confidences, original_size))` sees each.
-    The AUC is that of the opacity probability times the mask's maximum against the images' truth.
+    Returns the scores {"loss", "rsna", "total", "auc"}, and the images' truths and confidences (N,), from which the AUC
+    is: whether there is an opacity, and the opacity probability times the mask's maximum.
     """
     dataset = loader.dataset.dataset
     losses, scores, confidences, truths = [], [], [], []
@@ -193,8 +220,9 @@ def evaluate(model, loader, runtime, thresholds, visit=None):
         truths.append(len(dataset.boxes[index]) > 0)
         if visit:
             visit(index, mask, (*found, dataset.original_sizes[index]))
-    return {"loss": float(np.mean(losses)), "rsna": mean_average_precision(scores),
-            "total": total_average_precision(scores), "auc": roc_auc(confidences, truths)}
+    scores = {"loss": float(np.mean(losses)), "rsna": mean_average_precision(scores),
+              "total": total_average_precision(scores), "auc": roc_auc(confidences, truths)}
+    return scores, np.array(truths), np.array(confidences)
 
 
 def find_thresholds(model, loader, runtime):
@@ -204,25 +232,30 @@ def find_thresholds(model, loader, runtime):
     for index, mask, opacity, _ in progress(
             predict_loader(model, loader, runtime), total=len(loader.dataset), description="search"):
         boxes, size = dataset.boxes[index], dataset.original_sizes[index]
-        scores.append([average_precision_image(
-            *find_boxes(mask, 1, size, box_threshold=threshold, gate_threshold=0), boxes) for threshold in BOX_THRESHOLDS])
+        found = (find_boxes(mask, 1, size, box_threshold=threshold, gate_threshold=0) for threshold in BOX_THRESHOLDS)
+        scores.append([average_precision_image(*predicted, boxes) for predicted in found])
         opacities.append(opacity)
         has_target.append(len(boxes) > 0)
     table, (row, column) = search_thresholds(np.array(scores), np.array(opacities), has_target)
     return {"box_threshold": float(BOX_THRESHOLDS[row]), "gate_threshold": float(GATE_THRESHOLDS[column])}, table
 
 
+def overlay_of(dataset, index, mask, predicted):
+    """What draw_overlay takes for an image of the data set, truth included."""
+    return dataset.images[index].copy(), mask, predicted, dataset.boxes[index]
+
+
 def save_pictures(model, loader, runtime, thresholds, folder):
     """Scores the loader's images and draws each with its truth into `folder`; returns what evaluate returns."""
-    dataset = loader.dataset.dataset
+    dataset, drawings = loader.dataset.dataset, []
     with ThreadPoolExecutor(2) as drawers:
-        drawings = []
-        scores = evaluate(model, loader, runtime, thresholds, lambda index, mask, predicted: drawings.append(drawers.submit(
-            save_overlay, folder / f"{dataset.patient_ids[index]}.png", dataset.images[index].copy(), mask, predicted,
-            dataset.boxes[index])))
+        def draw(index, mask, predicted):
+            path = folder / f"{dataset.patient_ids[index]}.png"
+            drawings.append(drawers.submit(save_overlay, path, *overlay_of(dataset, index, mask, predicted)))
+        result = evaluate(model, loader, runtime, thresholds, draw)
     for drawing in drawings:
         drawing.result()
-    return scores
+    return result
 
 
 def make_parser():
@@ -233,23 +266,23 @@ def make_parser():
     add("--labels", "-l", default=default_path("TRAINML_MODEL_PATH", "train.csv"), help="table of data_processing.py")
     add("--save", default=default_path("TRAINML_OUTPUT_PATH"), help="folder for checkpoints, images, logs and metrics")
     add("--checkpoint", help="last.pth.tar of a run to continue, or weights to start from")
-    add("--epochs", "-e", type=positive_int, default=2, help="passes over the training images")
+    add("--epochs", "-e", type=number(1, math.inf, int), default=2, help="passes over the training images")
     add("--debug", default=False, action=switch, help="a short run: 2 epochs of 50 steps, 100 images scored, no search")
     add("--seed", "-s", type=int, default=42, help="of the split, the order, the augmentation and the weights")
     add("--train-threshold", default=False, action=switch, help="search the two thresholds on the validation images")
     add("--save-images", default=True, action=switch, help="write annotated validation images")
     add("--optimizer", "-o", default="adam", choices=list(OPTIMIZERS), help="optimizer")
-    add("--learning-rate", "--lr", type=positive_float, help=f"its peak ({_defaults('lr')})")
-    add("--learning-rate-decay", "--lrd", type=share, default=0.01, help="share of the peak left at the end; 1: constant")
-    add("--momentum", "-m", type=share, help=f"of sgd ({_defaults('momentum')})")
-    add("--eps", type=positive_float, help="term in the optimizer's denominator (default: PyTorch's); not for sgd")
-    add("--weight-decay", "--wd", type=non_negative_float, help=f"({_defaults('weight_decay')}, else 0)")
-    add("--bn-momentum", type=share, default=0.1, help="share of a batch in BatchNorm's running statistics")
-    add("--bn-eps", type=positive_float, default=1e-5, help="term in BatchNorm's denominator")
-    add("--alpha-leaky", "--al", type=non_negative_float, default=0.03, help="slope of LeakyReLU below 0")
+    add("--learning-rate", "--lr", type=number(1e-30, math.inf), help=f"its peak ({_defaults('lr')})")
+    add("--learning-rate-decay", "--lrd", type=number(0, 1), default=0.01, help="share of the peak left at the end")
+    add("--momentum", "-m", type=number(0, 1), help=f"of sgd ({_defaults('momentum')})")
+    add("--eps", type=number(1e-30, math.inf), help="term in the optimizer's denominator (default: PyTorch's); not for sgd")
+    add("--weight-decay", "--wd", type=number(0, math.inf), help=f"({_defaults('weight_decay')}, else 0)")
+    add("--bn-momentum", type=number(0, 1), default=0.1, help="share of a batch in BatchNorm's running statistics")
+    add("--bn-eps", type=number(1e-30, math.inf), default=1e-5, help="term in BatchNorm's denominator")
+    add("--alpha-leaky", "--al", type=number(0, math.inf), default=0.03, help="slope of LeakyReLU below 0")
     add("--rescale-factor", "--rf", type=int, choices=RESCALE_FACTORS, default=4, help="1024 / side of network's image")
-    add("--box-threshold", "--bt", type=share, default=BOX_THRESHOLD, help="mask probability that makes a box")
-    add("--gate-threshold", "--gt", type=share, default=GATE_THRESHOLD, help="opacity probability below which an image "
+    add("--box-threshold", "--bt", type=number(0, 1), default=BOX_THRESHOLD, help="mask probability that makes a box")
+    add("--gate-threshold", "--gt", type=number(0, 1), default=GATE_THRESHOLD, help="opacity probability below which an image "
         "has no boxes")
     add_runtime_options(parser, batch_size=16)
     return parser
@@ -257,24 +290,6 @@ def make_parser():
 
 def _defaults(key):
     return ", ".join(f"{name} {options[key]}" for name, (_, options) in OPTIMIZERS.items() if key in options)
-
-
-def non_negative_float(text):
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no finite number of 0 or above")
-    return float(text)
-
-
-def positive_float(text):
-    if non_negative_float(text) == 0:
-        raise argparse.ArgumentTypeError("0 is too small")
-    return float(text)
-
-
-def share(text):
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
 
 
 def parse_args(argv=None):
@@ -310,25 +325,17 @@ def _refuse_if(wrong, message):
 
 
 def check_disk(folder, model):
-    """Raises InputError if the checkpoints of a run will not fit: 9 times the weights with Adam and one being written."""
+    """Raises InputError if a run's checkpoints will not fit: 9 times the weights with Adam and one being written."""
     needed = 9 * sum(value.nbytes for value in model.state_dict().values())
     free = shutil.disk_usage(folder).free
-    _refuse_if(free < needed, f"{folder} has {free / 1e6:.0f} MB left, a run needs {needed / 1e6:.0f}: free some, or give "
-               "another folder with --save")
+    _refuse_if(free < needed, f"{folder} has {free / 1e6:.0f} MB left, a run needs {needed / 1e6:.0f}: free some, or "
+               "give another folder with --save")
 
 
-def log_epoch(writer, epoch, scores, images_per_second):
-    for tag, name in (("loss/validation", "loss"), ("ap/rsna", "rsna"), ("ap/total", "total"), ("ap/auc", "auc")):
-        writer.add_scalar(tag, scores[name], epoch)
-    writer.add_scalar("speed/images_per_second", images_per_second, epoch)
-
-
-def fit(training, loaders, generators, state, args):
+def fit(training, loaders, generators, state, args, writer):
     """Trains the epochs that are left and keeps last, loss.best and prec.best in args.save; returns scores by epoch."""
     train_loader, val_loader = loaders
-    thresholds = {"box_threshold": args.box_threshold, "gate_threshold": args.gate_threshold}
     history = list(state.get("history", []))
-    writer = SummaryWriter(args.save / "logs", purge_step=len(history) * len(train_loader) or None)
 
     def log(losses, learning_rate):
         step = training.scheduler.last_epoch
@@ -342,51 +349,84 @@ def fit(training, loaders, generators, state, args):
         started = time.monotonic()
         train_loss = train_one_epoch(training, train_loader, log)
         speed = len(train_loader.sampler) / (time.monotonic() - started)
-        scores = evaluate(training.model, val_loader, training.runtime, thresholds)
-        log_epoch(writer, epoch, scores, speed)
+        scores = validate(training, val_loader, args, writer, epoch)
+        writer.add_scalar("speed/images_per_second", speed, epoch)
         print(f"epoch {epoch + 1}/{args.epochs}: loss {train_loss:.4f}, validation loss {scores['loss']:.4f}, "
               f"RSNA mAP {scores['rsna']:.4f}, total AP {scores['total']:.4f}, AUC {scores['auc']:.4f}, "
               f"{speed:.1f} images/s", flush=True)
         history.append({"train_loss": train_loss, **scores})
         save_epoch(training, history, args)
-    writer.close()
     return history
 
 
+def validate(training, loader, args, writer, epoch):
+    """Scores the validation images after an epoch and shows the scores and a few pictures in TensorBoard."""
+    dataset = loader.dataset.dataset
+    shown = [index for index in loader.dataset.indices if len(dataset.boxes[index])][:SHOWN]
+
+    def show(index, mask, predicted):
+        if index in shown:
+            picture = draw_overlay(*overlay_of(dataset, index, mask, predicted))
+            writer.add_image(f"validation/{shown.index(index)}", np.asarray(picture), epoch, dataformats="HWC")
+    scores, truths, confidences = evaluate(training.model, loader, training.runtime, given_thresholds(args), show)
+    for tag, name in (("loss/validation", "loss"), ("ap/rsna", "rsna"), ("ap/total", "total"), ("ap/auc", "auc")):
+        writer.add_scalar(tag, scores[name], epoch)
+    writer.add_pr_curve("image has opacity", truths, confidences, epoch)
+    return scores
+
+
+def given_thresholds(args):
+    return {"box_threshold": args.box_threshold, "gate_threshold": args.gate_threshold}
+
+
 def save_epoch(training, history, args):
-    """Writes last.pth.tar, from which a run continues exactly, and the best files where this epoch is the best so far."""
+    """Writes last.pth.tar, from which a run continues exactly, and the best files where this epoch is the best yet."""
     model, arguments = training.model, plain_args(args)
     best = {"loss.best": min(history, key=lambda scores: scores["loss"]),
             "prec.best": max(reversed(history), key=lambda scores: scores["rsna"])}
     common = {"rescale_factor": args.rescale_factor, "best_threshold": args.box_threshold,
               "gate_threshold": args.gate_threshold, "args": arguments, "history": history}
     for name, scores in best.items():
-        if scores is history[-1]:
-            save_checkpoint(args.save / f"{name}.pth.tar", model, **common)
+        path = args.save / f"{name}.pth.tar"
+        if scores is history[-1] or not path.exists():
+            save_checkpoint(path, model, **common)
     save_checkpoint(args.save / "last.pth.tar", model, optimizer=training.optimizer.state_dict(),
                     scheduler=training.scheduler.state_dict(), scaler=training.scaler.state_dict(), **common)
 
 
+def copy_best(source, save):
+    """Takes the best files along where a continued run writes to another folder."""
+    for name in ("loss.best.pth.tar", "prec.best.pth.tar"):
+        if not (save / name).exists() and (source / name).exists():
+            with atomic_write(save / name) as file:
+                file.write((source / name).read_bytes())
+
+
 def plain_args(args):
-    return {key: value if isinstance(value, (int, float, type(None))) else str(value) for key, value in vars(args).items()}
+    plain = (int, float, type(None))
+    return {key: value if isinstance(value, plain) else str(value) for key, value in vars(args).items()}
 
 
-def finish(dataset, loader, runtime, args):
+def finish(loader, runtime, args, writer):
     """Scores the best weights as predict.py will use them and writes final.pth.tar; returns the final figures."""
     model, state = load_checkpoint(args.save / "prec.best.pth.tar", runtime.device)
-    thresholds = {"box_threshold": args.box_threshold, "gate_threshold": args.gate_threshold}
+    thresholds = given_thresholds(args)
     if args.train_threshold:
-        thresholds, _ = find_thresholds(model, loader, runtime)
+        thresholds, table = find_thresholds(model, loader, runtime)
+        for threshold, score in zip(BOX_THRESHOLDS, table[:, GATE_THRESHOLDS == thresholds["gate_threshold"]]):
+            writer.add_scalar("ap/rsna at threshold in percent", score.item(), round(100 * threshold))
     if args.save_images:
         folder = make_folder(args.save / "images", flag="--save", variable="TRAINML_OUTPUT_PATH")
-        scores = save_pictures(model, loader, runtime, thresholds, folder)
+        scores, *_ = save_pictures(model, loader, runtime, thresholds, folder)
     else:
-        scores = evaluate(model, loader, runtime, thresholds)
+        scores, *_ = evaluate(model, loader, runtime, thresholds)
     figures = {"rsna_mean_average_precision": scores["rsna"], "total_average_precision": scores["total"],
                "image_roc_auc": scores["auc"], "validation_loss": scores["loss"],
                "best_threshold": thresholds["box_threshold"], "gate_threshold": thresholds["gate_threshold"]}
     state = {key: value for key, value in state.items() if key not in ("state_dict", "config")}
     save_checkpoint(args.save / "final.pth.tar", model, **state | figures)
+    compared = {key: str(value) for key, value in plain_args(args).items() if key not in PLACES}
+    writer.add_hparams(compared, {f"final/{key}": value for key, value in figures.items()}, run_name=".")
     return figures
 
 
@@ -397,7 +437,7 @@ def main(argv=None):
     require(args.data, flag="--data", variable="TRAINML_DATA_PATH")
     require(args.labels, flag="--labels", variable="TRAINML_MODEL_PATH")
     args.save = make_folder(args.save, flag="--save", variable="TRAINML_OUTPUT_PATH")
-    print(" ".join(f"{key}={value}" for key, value in vars(args).items()), f"on {runtime.device.type} in {runtime.dtype}")
+    print(*(f"{key}={value}" for key, value in vars(args).items()), f"on {runtime.device.type} in {runtime.dtype}")
     torch.manual_seed(args.seed)
     if model is None:
         model = PneumoniaUNET(alpha_leaky=args.alpha_leaky, bn_eps=args.bn_eps, bn_momentum=args.bn_momentum)
@@ -415,18 +455,20 @@ def main(argv=None):
     augmentation = Augmentation(torch.Generator())
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     if "optimizer" in state:
+        copy_best(Path(args.checkpoint).parent, args.save)
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         scaler.load_state_dict(state["scaler"])
     training = Training(model, optimizer, scheduler, scaler, augmentation, runtime)
-    try:
-        history = fit(training, loaders, (generator, augmentation.generator), state, args)
-    except KeyboardInterrupt:
-        if (args.save / "last.pth.tar").exists():
-            print(f"stopped; continue with: python train.py --checkpoint {args.save / 'last.pth.tar'} --save {args.save}")
-        raise
-    trained = time.monotonic()
-    figures = finish(dataset, final_loader, runtime, args)
+    with SummaryWriter(args.save / "logs", purge_step=scheduler.last_epoch or None) as writer:
+        try:
+            history = fit(training, loaders, (generator, augmentation.generator), state, args, writer)
+        except KeyboardInterrupt:
+            if (args.save / "last.pth.tar").exists():
+                print(f"continue with: python train.py --checkpoint {args.save / 'last.pth.tar'} --save {args.save}")
+            raise
+        trained = time.monotonic()
+        figures = finish(final_loader, runtime, args, writer)
     write_text(args.save / "metrics.json", json.dumps({
         **figures, "history": history, "training_images": len(parts[0]), "validation_images": len(parts[1]),
         "skipped_images": len(dataset.skipped), "arguments": plain_args(args), "versions": versions(),

@@ -5,13 +5,12 @@ import signal
 import numpy as np
 import pytest
 import torch
+from conftest import make_dicom
 from PIL import Image
-from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGBaseline8Bit, RLELossless
 
 import dataset as ds
-from conftest import make_dicom
 from job import InputError
 from metrics import parse_boxes
 
