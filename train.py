@@ -26,34 +26,12 @@ from torch.utils.tensorboard import SummaryWriter
 from data_processing import BOX_COLUMNS, check_boxes, find_dicom_files, read_table, warn
 from dataset import Augmentation, PneumoniaDataset, split_patients
 from job import InputError, atomic_write, default_path, make_folder, require, run
-from metrics import (
-    BOX_THRESHOLDS,
-    GATE_THRESHOLDS,
-    average_precision_image,
-    mean_average_precision,
-    roc_auc,
-    search_thresholds,
-    total_average_precision,
-)
+from metrics import (BOX_THRESHOLDS, GATE_THRESHOLDS, average_precision_image, mean_average_precision, roc_auc,
+                     search_thresholds, total_average_precision)
 from model import PneumoniaUNET, load_checkpoint, save_checkpoint
-from predict import (
-    BOX_THRESHOLD,
-    GATE_THRESHOLD,
-    RESCALE_FACTORS,
-    Runtime,
-    add_runtime_options,
-    choose_runtime,
-    draw_overlay,
-    find_boxes,
-    positive_int,
-    progress,
-    save_overlay,
-    segment,
-    to_network,
-    to_probabilities,
-    write_csv,
-    write_text,
-)
+from predict import (BOX_THRESHOLD, GATE_THRESHOLD, RESCALE_FACTORS, Runtime, add_runtime_options, choose_runtime,
+                     draw_overlay, find_boxes, number, progress, save_overlay, segment, to_network, to_probabilities,
+                     write_csv, write_text)
 
 OPTIMIZERS = {  # class, and what our defaults change of its own
     "adam": (torch.optim.Adam, {"lr": 5e-4}),
