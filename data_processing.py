@@ -94,8 +94,9 @@ def read_headers(folder):
     """Table of HEADER_COLUMNS, Rows and Columns with one row per readable DICOM file in `folder`, read on all cores."""
     files, skipped = find_dicom_files(folder)
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    chunk = min(64, len(files) // (4 * os.cpu_count()) + 1)
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context(method)) as pool:
-        rows = list(pool.map(_header_row, files.items(), chunksize=64))
+        rows = list(pool.map(_header_row, files.items(), chunksize=chunk))
     skipped += [(files[row[0]], row[1]) for row in rows if isinstance(row, tuple)]
     warn("left out, no readable DICOM file", [f"{path} ({reason})" for path, reason in skipped])
     rows = [row for row in rows if isinstance(row, dict)]
@@ -115,7 +116,8 @@ def warn(what, items):
 def read_table(path, columns):
     """Reads a CSV with at least `columns`; raises InputError naming the file, and line and value where one is wrong.
 
-    Text columns come stripped; x, y, width, height and Target as numbers. Byte order mark and Windows line ends are fine.
+    Text columns come stripped; x, y, width, height and Target as numbers. A byte order mark or Windows line ends may be
+    there.
     """
     try:
         table = pd.read_csv(path, dtype=str, encoding="utf-8-sig", keep_default_na=False, skipinitialspace=True)

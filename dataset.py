@@ -230,6 +230,11 @@ def boxes_to_mask(boxes, original_size, side):
     return mask
 
 
+def _extend(descriptor, offset, size):
+    """Stands in for posix_fallocate, which macOS lacks."""
+    os.ftruncate(descriptor, offset + size)
+
+
 class PneumoniaDataset(Dataset):
     """Radiographs with masks and classes, in network pixels; every file is decoded once, when the data set is made.
 
@@ -266,7 +271,7 @@ class PneumoniaDataset(Dataset):
         size = count * self.side**2
         with tempfile.TemporaryFile() as file:
             try:
-                os.posix_fallocate(file.fileno(), 0, size)
+                getattr(os, "posix_fallocate", _extend)(file.fileno(), 0, size)
             except OSError as error:
                 raise InputError(
                     f"no room for {size / 1e9:.1f} GB of prepared images in {tempfile.gettempdir()} ({error.strerror}): "
@@ -327,21 +332,20 @@ class Augmentation:
 
     def __call__(self, images, masks):
         count = len(images)
-        grid = self._grid(images.shape).to(images.device)
+        nodes = self._nodes(count).to(images.device, non_blocking=True)
+        grid = F.interpolate(nodes, images.shape[-2:], mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
         gamma, gain = 2 ** torch.stack([self._uniform(count, self.exposure), self._uniform(count, self.exposure / 2)])
-        gamma, gain = (factor.to(images.device).view(-1, 1, 1, 1) for factor in (gamma, gain))
+        gamma, gain = (factor.to(images.device, non_blocking=True).view(-1, 1, 1, 1) for factor in (gamma, gain))
         images = F.grid_sample(images, grid, mode="bilinear", align_corners=True)
         masks = F.grid_sample(masks, grid, mode="nearest", align_corners=True)
         return (images ** gamma * gain).clamp_(0, 1), masks
 
-    def _grid(self, shape):
-        """Sampling grid (B, H, W, 2): 5 x 5 nodes turned, scaled, shifted, flipped and each displaced; lines between."""
-        count = shape[0]
+    def _nodes(self, count):
+        """Nodes (B, 2, 5, 5) of the sampling grid: turned, scaled, shifted, flipped, and each displaced."""
         angle, scale = self._uniform(count, self.rotation), 1 + self._uniform(count, self.scale)
         flip = torch.randint(2, (count,), generator=self.generator) * 2 - 1
         cos, sin = angle.cos() * scale, angle.sin() * scale
         shift = self._uniform((count, 2, 1), 2 * self.shift)  # the grid runs from -1 to 1
         theta = torch.cat([torch.stack([cos * flip, -sin, sin * flip, cos], 1).view(count, 2, 2), shift], dim=2)
         nodes = F.affine_grid(theta, (count, 1, 5, 5), align_corners=True).permute(0, 3, 1, 2)  # (B, 2, 5, 5)
-        nodes = nodes + torch.randn(nodes.shape, generator=self.generator) * self.displacement
-        return F.interpolate(nodes, shape[-2:], mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
+        return nodes + torch.randn(nodes.shape, generator=self.generator) * self.displacement

@@ -34,7 +34,7 @@ BOX_THRESHOLD = 0.25  # mask probability; used where no search has found a bette
 GATE_THRESHOLD = 0.25  # probability that the image has an opacity, likewise
 RESCALE_FACTORS = (1, 2, 4, 8, 16)
 LOG_SECONDS = 30  # between progress lines in a job log
-OVERLAY_WIDTH = 512  # pixels
+OVERLAY_WIDTH, LEGEND_HEIGHT = 512, 24  # pixels
 TRUTH, PREDICTION, HEAT = (64, 220, 120), (255, 208, 48), (255, 72, 32)  # RGB
 
 
@@ -62,6 +62,7 @@ def choose_runtime(device, precision):
         precision = {"cuda": "bf16" if _cuda_has_bf16() else "fp16", "mps": "fp32",
                      "cpu": "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"}[device]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    torch.backends.cudnn.benchmark = True  # every batch but the last has the same shape
     return Runtime(torch.device(device), dtype)
 
 
@@ -132,8 +133,8 @@ def draw_overlay(image, mask, predicted, truth=None):
     boxes, confidences, original_size = predicted
     height = int(np.clip(round(OVERLAY_WIDTH * original_size[0] / original_size[1]), 16, 4 * OVERLAY_WIDTH))
     size = (OVERLAY_WIDTH, height)
-    canvas = Image.new("RGB", (OVERLAY_WIDTH, height + 24))
-    canvas.paste(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+    canvas = Image.new("RGB", (OVERLAY_WIDTH, height + LEGEND_HEIGHT))
+    canvas.paste(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
     canvas.paste(HEAT, (0, 0), Image.fromarray((mask * 140).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR))
     draw = ImageDraw.Draw(canvas)
     for box in rescale_boxes(truth if truth is not None else [], original_size, size[::-1]):
@@ -142,7 +143,7 @@ def draw_overlay(image, mask, predicted, truth=None):
         _dashed_rectangle(draw, _corners(box))
         place = box[0] + 3, max(box[1] - 17, 1)
         draw.text(place, f"{confidence:.2f}", PREDICTION, _font(), stroke_width=1, stroke_fill="black")
-    _draw_legend(draw, height, truth is not None)
+    canvas.paste(_legend(truth is not None), (0, height))
     return canvas
 
 
@@ -166,9 +167,11 @@ def _dashed_rectangle(draw, corners, dash=8):
             draw.line([x, start, x, min(start + dash, bottom)], PREDICTION, 2)
 
 
-def _draw_legend(draw, top, with_truth):
-    """A strip of 24 pixels: truth, prediction, and the scale of the heat map."""
-    y = top + 12
+@cache
+def _legend(with_truth):
+    """The strip below a picture: truth, prediction, and the scale of the heat map."""
+    strip = Image.new("RGB", (OVERLAY_WIDTH, LEGEND_HEIGHT))
+    draw, y = ImageDraw.Draw(strip), LEGEND_HEIGHT // 2
     if with_truth:
         draw.line([8, y, 40, y], TRUTH, 2)
         draw.text((46, y), "truth", "white", _font(), anchor="lm")
@@ -179,6 +182,7 @@ def _draw_legend(draw, top, with_truth):
     for x in range(40):
         draw.line([452 + x, y - 6, 452 + x, y + 6], tuple(channel * x // 72 for channel in HEAT))
     draw.text((497, y), "1", "white", _font(), anchor="lm")
+    return strip
 
 
 def save_overlay(path, *overlay):

@@ -145,8 +145,9 @@ def train_one_epoch(training, loader, log):
     model.train()
     pending, total = [], 0.0
     for step, (images, masks, classes) in enumerate(progress(loader, total=len(loader), description="train"), 1):
-        images, masks = augmentation(to_network(images, runtime.device), masks.to(runtime.device).float())
-        loss = combined_loss(*segment(model, images, runtime), masks, classes.to(runtime.device))
+        masks, classes = (target.to(runtime.device, non_blocking=True) for target in (masks, classes))
+        images, masks = augmentation(to_network(images, runtime.device), masks.float())
+        loss = combined_loss(*segment(model, images, runtime), masks, classes)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
