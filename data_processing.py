@@ -9,13 +9,14 @@ import multiprocessing
 import os
 import re
 import stat
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pandas as pd
 from pydicom import config, dcmread
 
-from job import InputError, atomic_write, default_path, make_folder, require, run
+from job import InputError, atomic_write, default_path, limit_memory, make_folder, reason_of, require, run
 
 TAGS = ["PatientSex", "PatientAge", "ViewPosition", "Rows", "Columns"]
 HEADER_COLUMNS = ["patientId", "PatientSex", "PatientAge", "ViewPosition"]
@@ -66,7 +67,12 @@ def read_header(path):
             header = dcmread(path, stop_before_pixels=True, specific_tags=TAGS)
             return {tag: header.get(tag) for tag in TAGS}
         except Exception as error:  # pydicom raises many types on a broken file; each means that it cannot be read
-            raise ValueError(f"{type(error).__name__}: {error}") from None
+            raise ValueError(reason_of(error)) from None
+
+
+def _start_reader():
+    limit_memory()
+    warnings.simplefilter("ignore")  # pydicom's on odd headers; what cannot be read is named in the end
 
 
 def _header_row(item):
@@ -95,7 +101,8 @@ def read_headers(folder):
     files, skipped = find_dicom_files(folder)
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     chunk = min(64, len(files) // (4 * os.cpu_count()) + 1)
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context(method)) as pool:
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(mp_context=context, initializer=_start_reader) as pool:
         rows = list(pool.map(_header_row, files.items(), chunksize=chunk))
     skipped += [(files[row[0]], row[1]) for row in rows if isinstance(row, tuple)]
     warn("left out, no readable DICOM file", [f"{path} ({reason})" for path, reason in skipped])

@@ -11,6 +11,7 @@ import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -20,10 +21,10 @@ from PIL import Image
 from pydicom import config, dcmread
 from pydicom.encaps import get_frame
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, pixel_array
-from pydicom.uid import JPEGBaseline8Bit
+from pydicom.uid import JPEGBaseline8Bit, JPEGExtended12Bit
 from torch.utils.data import Dataset
 
-from job import InputError
+from job import InputError, limit_memory, reason_of
 
 IMAGE_SIDE = 1024  # pixels a side in the challenge; the network sees IMAGE_SIDE / rescale_factor
 MAX_PIXELS = 2**25  # pixels of one frame, about twice the largest radiographs; more is refused before it is allocated
@@ -57,7 +58,7 @@ def load_and_prepare_image(path, rescale_factor=4):
         except UnreadableImage:
             raise
         except Exception as error:  # pydicom and its decoders raise many types on broken files
-            raise UnreadableImage(f"{type(error).__name__}: {error}".splitlines()[0]) from None
+            raise UnreadableImage(reason_of(error)) from None
     image = unit_range(np.asarray(frame.resize((side, side), Image.Resampling.BILINEAR, reducing_gap=1.0)))
     if header.PhotometricInterpretation == "MONOCHROME1":
         image = 1 - image if image.any() else image
@@ -68,9 +69,14 @@ def _check_header(header):
     """Refuses what cannot be decoded, or should not be tried, by the header alone."""
     if not any(tag in header for tag in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise UnreadableImage("has no pixel data")
-    pixels = int(header.Rows) * int(header.Columns)
-    if not 0 < pixels <= MAX_PIXELS:
-        raise UnreadableImage(f"declares {header.Columns} x {header.Rows} pixels; 1 to {MAX_PIXELS:,} can be read")
+    columns, rows = int(header.get("Columns") or 0), int(header.get("Rows") or 0)
+    if not 0 < rows * columns <= MAX_PIXELS:
+        raise UnreadableImage(f"declares {columns} x {rows} pixels; 1 to {MAX_PIXELS:,} can be read")
+    if "TransferSyntaxUID" not in header.file_meta:
+        raise UnreadableImage("does not say how its pixels are encoded: it has no transfer syntax")
+    if header.file_meta.TransferSyntaxUID == JPEGExtended12Bit and header.get("BitsStored") != 8:
+        raise UnreadableImage(f"is JPEG extended 12-bit ({JPEGExtended12Bit}), for which there is no decoder with a "
+                              "permissive licence")
 
 
 def _read_frame(header, side):
@@ -146,11 +152,15 @@ def _serve(connection, parent_end, rescale_factor):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    limit_memory()
     while True:
         try:
             connection.send(_read(connection.recv(), rescale_factor))
         except (EOFError, BrokenPipeError):
             return
+
+
+_starting = Lock()  # one at a time: a reader must not inherit the other end of another's pipe before it is closed
 
 
 class _Reader:
@@ -163,11 +173,12 @@ class _Reader:
     def start(self):
         # fork starts in milliseconds and is safe here: the child runs neither PyTorch nor threads
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-        self.connection, child_end = context.Pipe()
-        arguments = (child_end, self.connection, self.rescale_factor)
-        self.process = context.Process(target=_serve, args=arguments, daemon=True)
-        self.process.start()
-        child_end.close()
+        with _starting:
+            self.connection, child_end = context.Pipe()
+            arguments = (child_end, self.connection, self.rescale_factor)
+            self.process = context.Process(target=_serve, args=arguments, daemon=True)
+            self.process.start()
+            child_end.close()
 
     def stop(self):
         self.process.kill()

@@ -106,7 +106,10 @@ class PneumoniaUNET(nn.Module):
 def save_checkpoint(path, model, **state):
     """Writes the model, what rebuilds it, and `state` (plain values and tensors) to `path`, whole or not at all."""
     with atomic_write(path) as file:
-        torch.save({"state_dict": model.state_dict(), "config": model.config, **state}, file)
+        try:
+            torch.save({"state_dict": model.state_dict(), "config": model.config, **state}, file)
+        except RuntimeError as error:  # where a write fails, torch complains of its own position in the file
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def load_checkpoint(path, device="cpu"):

@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cache
@@ -34,6 +35,7 @@ BOX_THRESHOLD = 0.25  # mask probability; used where no search has found a bette
 GATE_THRESHOLD = 0.25  # probability that the image has an opacity, likewise
 RESCALE_FACTORS = (1, 2, 4, 8, 16)
 LOG_SECONDS = 30  # between progress lines in a job log
+DRAWINGS_WAITING = 64  # more would only fill the memory, and hide a full disk until the end
 OVERLAY_WIDTH, LEGEND_HEIGHT = 512, 24  # pixels
 TRUTH, PREDICTION, HEAT = (64, 220, 120), (255, 208, 48), (255, 72, 32)  # RGB
 
@@ -269,7 +271,7 @@ def main(argv=None):
 
     results = predict_files(model, files, runtime, batch_size=args.batch_size, workers=args.workers,
                             rescale_factor=args.rescale_factor or checkpoint.get("rescale_factor") or 4)
-    annotations, notes, drawings = {}, [], []
+    annotations, notes, drawings = {}, [], deque()
     with ThreadPoolExecutor(2) as drawers:
         for patient_id, reading, mask, opacity in progress(results, total=len(files), description="predict"):
             if mask is None:
@@ -282,6 +284,8 @@ def main(argv=None):
             if args.save_images:
                 path, predicted = pictures / f"{patient_id}.png", (boxes, confidences, reading.original_size)
                 drawings.append(drawers.submit(save_overlay, path, reading.image, mask, predicted))
+                if len(drawings) > DRAWINGS_WAITING:
+                    drawings.popleft().result()
     for drawing in drawings:
         drawing.result()
     write_results(output, annotations, skipped)

@@ -156,17 +156,17 @@ def train_one_epoch(training, loader, log):
         pending.append(loss.detach())
         if step % CHECK_STEPS == 0 or step == len(loader):
             losses = torch.stack(pending).tolist()
-            check_losses(losses, step, scheduler)
+            check_losses(losses, step, math.ceil(scheduler.last_epoch / len(loader)), scheduler)
             log(losses, scheduler.get_last_lr()[0])
             total, pending = total + sum(losses), []
     return total / len(loader)
 
 
-def check_losses(losses, last_step, scheduler):
-    """Raises InputError for a loss that is not finite; `losses` are those of the steps up to `last_step`."""
+def check_losses(losses, last_step, epoch, scheduler):
+    """Raises InputError for a loss that is not finite; `losses` are those of the epoch's steps up to `last_step`."""
     for step, loss in enumerate(losses, last_step - len(losses) + 1):
         if not math.isfinite(loss):
-            raise InputError(f"the loss is {loss} at step {step} of this epoch, learning rate "
+            raise InputError(f"the loss is {loss} at step {step} of epoch {epoch}, learning rate "
                              f"{scheduler.get_last_lr()[0]:.2g}: lower --learning-rate; the best files so far are kept")
 
 
@@ -178,6 +178,9 @@ def predict_loader(model, loader, runtime):
     for images, masks, classes in loader:
         logits, class_logits = segment(model, to_network(images, runtime.device), runtime)
         loss = combined_loss(logits, class_logits, masks.to(runtime.device).float(), classes.to(runtime.device)).item()
+        if not math.isfinite(loss):
+            raise InputError(f"the validation loss is {loss} after this epoch: lower --learning-rate; the best files so "
+                             "far are kept")
         for mask, opacity in zip(*to_probabilities(logits, class_logits)):
             yield next(indices), mask, opacity, loss
 
@@ -330,11 +333,11 @@ def fit(training, loaders, generators, state, args, writer):
         speed = len(train_loader.sampler) / (time.monotonic() - started)
         scores = validate(training, val_loader, args, writer, epoch)
         writer.add_scalar("speed/images_per_second", speed, epoch)
+        history.append({"train_loss": train_loss, **scores})
+        save_epoch(training, history, args)
         print(f"epoch {epoch + 1}/{args.epochs}: loss {train_loss:.4f}, validation loss {scores['loss']:.4f}, "
               f"RSNA mAP {scores['rsna']:.4f}, total AP {scores['total']:.4f}, AUC {scores['auc']:.4f}, "
               f"{speed:.1f} images/s", flush=True)
-        history.append({"train_loss": train_loss, **scores})
-        save_epoch(training, history, args)
     return history
 
 
