@@ -266,7 +266,7 @@ def make_parser():
     add("--box-threshold", "--bt", type=number(0, 1), default=BOX_THRESHOLD, help="mask probability that makes a box")
     add("--gate-threshold", "--gt", type=number(0, 1), default=GATE_THRESHOLD, help="opacity probability below which an image "
         "has no boxes")
-    add_runtime_options(parser, batch_size=16)
+    add_runtime_options(parser, batch_size=8)
     return parser
 
 
