@@ -44,6 +44,7 @@ VALIDATION_SHARE = 0.1
 POSITIVE_WEIGHT = 2  # how much more often an image with opacities is drawn in training
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 DEBUG_EPOCHS, DEBUG_STEPS, DEBUG_VALIDATION_STEPS, DEBUG_IMAGES = 2, 50, 10, 100
+COARSE_THRESHOLDS = BOX_THRESHOLDS[5::6]  # 0.1 to 0.9, for the search after every epoch
 SHOWN = 4  # validation images drawn for TensorBoard after every epoch
 CHECK_STEPS = 20  # between looks at the loss, each of which waits for the GPU
 PLACES = ("data", "labels", "save", "checkpoint", "device", "workers")  # flags a continued run does not inherit
@@ -207,19 +208,19 @@ def evaluate(model, loader, runtime, thresholds, visit=None):
     return scores, np.array(truths), np.array(confidences)
 
 
-def find_thresholds(model, loader, runtime):
-    """Searches the two thresholds on the loader's images: (thresholds, table over BOX_THRESHOLDS x GATE_THRESHOLDS)."""
+def find_thresholds(model, loader, runtime, box_thresholds=BOX_THRESHOLDS):
+    """Searches the two thresholds on the loader's images: (thresholds, table over box_thresholds x GATE_THRESHOLDS)."""
     dataset = loader.dataset.dataset
     scores, opacities, has_target = [], [], []
     for index, mask, opacity, _ in progress(
             predict_loader(model, loader, runtime), total=len(loader.dataset), description="search"):
         boxes, size = dataset.boxes[index], dataset.original_sizes[index]
-        found = (find_boxes(mask, 1, size, box_threshold=threshold, gate_threshold=0) for threshold in BOX_THRESHOLDS)
+        found = (find_boxes(mask, 1, size, box_threshold=threshold, gate_threshold=0) for threshold in box_thresholds)
         scores.append([average_precision_image(*predicted, boxes) for predicted in found])
         opacities.append(opacity)
         has_target.append(len(boxes) > 0)
     table, (row, column) = search_thresholds(np.array(scores), np.array(opacities), has_target)
-    return {"box_threshold": float(BOX_THRESHOLDS[row]), "gate_threshold": float(GATE_THRESHOLDS[column])}, table
+    return {"box_threshold": float(box_thresholds[row]), "gate_threshold": float(GATE_THRESHOLDS[column])}, table
 
 
 def overlay_of(dataset, index, mask, predicted):
@@ -342,7 +343,10 @@ def fit(training, loaders, generators, state, args, writer):
 
 
 def validate(training, loader, args, writer, epoch):
-    """Scores the validation images after an epoch and shows the scores and a few pictures in TensorBoard."""
+    """Scores the validation images after an epoch and shows the scores and a few pictures in TensorBoard.
+
+    With --train-threshold at thresholds of this epoch's own, so that epochs are compared as they would be used.
+    """
     dataset = loader.dataset.dataset
     shown = [index for index in loader.dataset.indices if len(dataset.boxes[index])][:SHOWN]
 
@@ -350,7 +354,10 @@ def validate(training, loader, args, writer, epoch):
         if index in shown:
             picture = draw_overlay(*overlay_of(dataset, index, mask, predicted))
             writer.add_image(f"validation/{shown.index(index)}", np.asarray(picture), epoch, dataformats="HWC")
-    scores, truths, confidences = evaluate(training.model, loader, training.runtime, given_thresholds(args), show)
+    thresholds = given_thresholds(args)
+    if args.train_threshold:
+        thresholds, _ = find_thresholds(training.model, loader, training.runtime, COARSE_THRESHOLDS)
+    scores, truths, confidences = evaluate(training.model, loader, training.runtime, thresholds, show)
     for tag, name in (("loss/validation", "loss"), ("ap/rsna", "rsna"), ("ap/total", "total"), ("ap/auc", "auc")):
         writer.add_scalar(tag, scores[name], epoch)
     writer.add_pr_curve("image has opacity", truths, confidences, epoch)
