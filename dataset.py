@@ -285,8 +285,8 @@ class PneumoniaDataset(Dataset):
                 getattr(os, "posix_fallocate", _extend)(file.fileno(), 0, size)
             except OSError as error:
                 raise InputError(
-                    f"no room for {size / 1e9:.1f} GB of prepared images in {tempfile.gettempdir()} ({error.strerror}): "
-                    "set TMPDIR to a larger disk, or raise --rescale-factor") from None
+                    f"no room for {size / 1e9:.1f} GB of prepared images in {tempfile.gettempdir()} "
+                    f"({error.strerror}): set TMPDIR to a larger disk, or raise --rescale-factor") from None
             self._map = mmap.mmap(file.fileno(), size)
         return np.frombuffer(self._map, np.uint8).reshape(count, self.side, self.side)
 

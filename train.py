@@ -180,8 +180,8 @@ def predict_loader(model, loader, runtime):
         logits, class_logits = segment(model, to_network(images, runtime.device), runtime)
         loss = combined_loss(logits, class_logits, masks.to(runtime.device).float(), classes.to(runtime.device)).item()
         if not math.isfinite(loss):
-            raise InputError(f"the validation loss is {loss} after this epoch: lower --learning-rate; the best files so "
-                             "far are kept")
+            raise InputError(f"the validation loss is {loss} after this epoch: lower --learning-rate; the best files "
+                             "so far are kept")
         for mask, opacity in zip(*to_probabilities(logits, class_logits)):
             yield next(indices), mask, opacity, loss
 
@@ -258,15 +258,15 @@ def make_parser():
     add("--learning-rate", "--lr", type=number(1e-30, math.inf), help=f"its peak ({_defaults('lr')})")
     add("--learning-rate-decay", "--lrd", type=number(0, 1), default=0.01, help="share of the peak left at the end")
     add("--momentum", "-m", type=number(0, 1), help=f"of sgd ({_defaults('momentum')})")
-    add("--eps", type=number(1e-30, math.inf), help="term in the optimizer's denominator (default: PyTorch's); not for sgd")
+    add("--eps", type=number(1e-30, math.inf), help="term in the optimizer's denominator (PyTorch's); not for sgd")
     add("--weight-decay", "--wd", type=number(0, math.inf), help=f"({_defaults('weight_decay')}, else 0)")
     add("--bn-momentum", type=number(0, 1), default=0.1, help="share of a batch in BatchNorm's running statistics")
     add("--bn-eps", type=number(1e-30, math.inf), default=1e-5, help="term in BatchNorm's denominator")
     add("--alpha-leaky", "--al", type=number(0, math.inf), default=0.03, help="slope of LeakyReLU below 0")
     add("--rescale-factor", "--rf", type=int, choices=RESCALE_FACTORS, default=4, help="1024 / side of network's image")
     add("--box-threshold", "--bt", type=number(0, 1), default=BOX_THRESHOLD, help="mask probability that makes a box")
-    add("--gate-threshold", "--gt", type=number(0, 1), default=GATE_THRESHOLD, help="opacity probability below which an image "
-        "has no boxes")
+    add("--gate-threshold", "--gt", type=number(0, 1), default=GATE_THRESHOLD,
+        help="opacity probability below which an image has no boxes")
     add_runtime_options(parser, batch_size=8)
     return parser
 

@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from trainml.cli import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 README = (ROOT / "README.md").read_text("utf-8")
-COMMANDS = [line for block in re.findall(r"```\n(.*?)```", README, re.S) for line in block.splitlines()]
+COMMANDS = [line for block in re.findall(r"^```\w*\n(.*?)^```", README, re.S | re.M) for line in block.splitlines()]
 
 
 def flag_table():
@@ -57,13 +58,12 @@ def test_python_commands_parse(script):
 
 
 def test_trainml_commands_parse_with_the_real_client(tmp_path):
-    click_cli = pytest.importorskip("trainml.cli").cli
     for name in ("new_images", "output"):
         (tmp_path / name).mkdir()
     commands = [line for line in COMMANDS if line.startswith("trainml job create")]
     for line in commands:
         words = shlex.split(line.replace("~/rsna", str(tmp_path)))[3:]
-        create = click_cli.commands["job"].commands["create"]
+        create = cli.commands["job"].commands["create"]
         create.commands[words[0]].make_context(words[0], words[1:])
     assert len(commands) == 4
 
