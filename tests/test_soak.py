@@ -47,7 +47,7 @@ def test_killed_runs_end_with_the_weights_of_an_undisturbed_one(train_flags, tmp
                 ended = True
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.communicate()
+                process.communicate(timeout=60)  # nothing else may hold the pipe
                 kills += 1
                 writing = len(list(save.glob(".*")))
                 caught += writing > 0
