@@ -414,9 +414,17 @@ def finish(loader, runtime, args, writer):
                "best_threshold": thresholds["box_threshold"], "gate_threshold": thresholds["gate_threshold"]}
     state = {key: value for key, value in state.items() if key not in ("state_dict", "config")}
     save_checkpoint(args.save / "final.pth.tar", model, **state | figures)
-    compared = {key: str(value) for key, value in plain_args(args).items() if key not in PLACES}
-    writer.add_hparams(compared, {f"final/{key}": value for key, value in figures.items()}, run_name=".")
+    log_comparison(writer, args, figures)
     return figures
+
+
+def log_comparison(writer, args, figures):
+    """A row of TensorBoard's HParams table: the flags that are usually compared, and the scores."""
+    compared = {key: str(getattr(args, key)) for key in ("batch_size", "epochs", "optimizer", "rescale_factor")}
+    rate = args.learning_rate or OPTIMIZERS[args.optimizer][1]["lr"]
+    names = {"rsna": "rsna_mean_average_precision", "total": "total_average_precision", "auc": "image_roc_auc"}
+    writer.add_hparams({**compared, "learning_rate": str(rate)},
+                       {f"final/{name}": figures[key] for name, key in names.items()}, run_name=".")
 
 
 def main(argv=None):
