@@ -62,6 +62,15 @@ def test_nothing_to_predict_is_status_1_and_old_reports_go(tmp_path, checkpoint,
     assert not (output / "skipped.csv").exists() and not list((output / "images").iterdir())
 
 
+@pytest.mark.parametrize("stored, used", [(0.0, 0.0), (None, predict.BOX_THRESHOLD)])
+def test_a_threshold_of_0_is_kept_and_none_is_replaced(tmp_path, write_dicom, capsys, stored, used):
+    save_checkpoint(tmp_path / "final.pth.tar", PneumoniaUNET(), best_threshold=stored, rescale_factor=16)
+    (tmp_path / "data").mkdir()
+    write_dicom(tmp_path / "data" / "a.dcm", np.eye(32, dtype=np.uint8))
+    assert run(tmp_path / "data", tmp_path / "final.pth.tar", tmp_path / "output", "--no-save-images") == 0
+    assert f"'box_threshold': {used}," in capsys.readouterr().out
+
+
 def test_batch_size_does_not_change_the_boxes(tmp_path, checkpoint, write_dicom):
     for i in range(5):
         write_dicom(tmp_path / f"{i}.dcm", np.random.default_rng(i).integers(0, 255, (64, 64)).astype(np.uint8))
