@@ -96,17 +96,22 @@ def roc_auc(scores, labels):
     return float(below.mean() / 2 / negatives.size)
 
 
-def search_thresholds(scores, image_scores, has_target):
+def gate_scores(scores, image_scores, has_target, gate):
+    """Average precisions (N, ...) once images with image_scores (N,) below the gate have no boxes: such an image is
+    worth 0 with a target, NaN without one (has_target (N,))."""
+    below = np.where(has_target, 0.0, np.nan)
+    return np.where(np.asarray(image_scores) >= gate, np.transpose(scores), below).T
+
+
+def search_thresholds(scores, image_scores, has_target, gate_thresholds=GATE_THRESHOLDS):
     """Finds the pair of thresholds with the best mean average precision.
 
     scores (N, T): average precision of each image at each of T mask thresholds, were its boxes all kept; image_scores
-    (N,) in 0..1 and has_target (N,) decide what an image is worth below a gate: 0 with a target, left out without.
-    Returns the table (T, G) of mean average precision at each mask and gate threshold of GATE_THRESHOLDS, and the
-    indices of its best place, taken from the table's 3 x 3 running mean so that no lucky single place wins.
+    (N,) in 0..1, has_target (N,). Returns the table (T, G) of mean average precision at each mask and gate threshold,
+    and the indices of its best place, taken from the table's 3 x 3 running mean so that no lucky single place wins.
     """
-    below = np.where(np.asarray(has_target), 0.0, np.nan)[:, None]
-    table = np.stack([_column_means(np.where((image_scores >= gate)[:, None], scores, below))
-                      for gate in GATE_THRESHOLDS], axis=1)
+    table = np.stack([_column_means(gate_scores(scores, image_scores, has_target, gate)) for gate in gate_thresholds],
+                     axis=1)
     smooth = ndimage.uniform_filter(table, 3, mode="nearest")
     return table, np.unravel_index(smooth.argmax(), table.shape)
 

@@ -195,6 +195,18 @@ def save_overlay(path, *overlay):
         file.write(content.getbuffer())
 
 
+def save_overlays(pictures):
+    """Draws (path, arguments of draw_overlay) as they come, in threads, with a limit to those that wait."""
+    waiting = deque()
+    with ThreadPoolExecutor(2) as drawers:
+        for path, overlay in pictures:
+            waiting.append(drawers.submit(save_overlay, path, *overlay))
+            if len(waiting) > DRAWINGS_WAITING:
+                waiting.popleft().result()
+        while waiting:
+            waiting.popleft().result()
+
+
 def batched(iterable, size):
     """Lists of `size` items, the last one shorter (itertools.batched is there from Python 3.12 only)."""
     iterator = iter(iterable)
@@ -272,23 +284,22 @@ def main(argv=None):
 
     results = predict_files(model, files, runtime, batch_size=args.batch_size, workers=args.workers,
                             rescale_factor=args.rescale_factor or checkpoint.get("rescale_factor") or 4)
-    annotations, notes, drawings = {}, [], deque()
-    with ThreadPoolExecutor(2) as drawers:
+    annotations, notes = {}, []
+
+    def annotate():
         for patient_id, reading, mask, opacity in progress(results, total=len(files), description="predict"):
             if mask is None:
                 skipped.append((files[patient_id], reading.problem))
                 continue
             if reading.note:
                 notes.append(f"{files[patient_id]} {reading.note}")
-            boxes, confidences = find_boxes(mask, opacity, reading.original_size, **thresholds)
-            annotations[patient_id] = prediction_string(boxes, confidences)
-            if args.save_images:
-                path, predicted = pictures / f"{patient_id}.png", (boxes, confidences, reading.original_size)
-                drawings.append(drawers.submit(save_overlay, path, reading.image, mask, predicted))
-                if len(drawings) > DRAWINGS_WAITING:
-                    drawings.popleft().result()
-    for drawing in drawings:
-        drawing.result()
+            found = find_boxes(mask, opacity, reading.original_size, **thresholds)
+            annotations[patient_id] = prediction_string(*found)
+            yield pictures / f"{patient_id}.png", (reading.image, mask, (*found, reading.original_size))
+    if args.save_images:
+        save_overlays(annotate())
+    else:
+        deque(annotate(), maxlen=0)
     write_results(output, annotations, skipped)
     warn("images are used in part", notes)
     warn("files are skipped, see skipped.csv", [f"{path} {reason}" for path, reason in skipped])

@@ -12,7 +12,6 @@ import platform
 import random
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,12 +25,12 @@ from torch.utils.tensorboard import SummaryWriter
 from data_processing import BOX_COLUMNS, check_boxes, find_dicom_files, read_table, warn
 from dataset import Augmentation, PneumoniaDataset, split_patients
 from job import InputError, atomic_write, default_path, make_folder, require, run
-from metrics import (BOX_THRESHOLDS, GATE_THRESHOLDS, average_precision_image, mean_average_precision, roc_auc,
-                     search_thresholds, total_average_precision)
+from metrics import (BOX_THRESHOLDS, GATE_THRESHOLDS, average_precision_image, gate_scores, mean_average_precision,
+                     roc_auc, search_thresholds, total_average_precision)
 from model import PneumoniaUNET, load_checkpoint, save_checkpoint
-from predict import (BOX_THRESHOLD, GATE_THRESHOLD, RESCALE_FACTORS, Runtime, add_runtime_options, choose_runtime,
-                     draw_overlay, find_boxes, number, progress, save_overlay, segment, to_network, to_probabilities,
-                     write_csv, write_text)
+from predict import (BOX_THRESHOLD, GATE_THRESHOLD, RESCALE_FACTORS, Runtime, add_runtime_options, batched,
+                     choose_runtime, draw_overlay, find_boxes, number, predict_masks, progress, save_overlays, segment,
+                     to_network, to_probabilities, write_csv, write_text)
 
 OPTIMIZERS = {  # class, and what our defaults change of its own
     "adam": (torch.optim.Adam, {"lr": 5e-4}),
@@ -172,73 +171,51 @@ def check_losses(losses, last_step, epoch, scheduler):
 
 
 @torch.inference_mode()
-def predict_loader(model, loader, runtime):
-    """Yields for each image its index in the data set, mask (S, S), opacity, and the loss of its batch."""
+def evaluate(model, loader, runtime, box_thresholds, gate_thresholds):
+    """Predicts the loader's images once and scores them at every pair of thresholds, boxes found as in predict.py.
+
+    Returns the scores {"loss", "rsna", "total", "auc"} at the best pair (see search_thresholds), that pair as
+    {"box_threshold", "gate_threshold"}, the table of mean average precisions it comes from (T, G), and the images'
+    truths and confidences (N,), from which the AUC is: whether there is an opacity, and the opacity probability times
+    the mask's maximum. Raises InputError if the loss is not finite.
+    """
     model.eval()
-    indices = iter(loader.dataset.indices)
+    dataset, indices = loader.dataset.dataset, iter(loader.dataset.indices)
+    losses, scores, opacities, confidences, truths = [], [], [], [], []
     for images, masks, classes in loader:
         logits, class_logits = segment(model, to_network(images, runtime.device), runtime)
         loss = combined_loss(logits, class_logits, masks.to(runtime.device).float(), classes.to(runtime.device)).item()
         if not math.isfinite(loss):
             raise InputError(f"the validation loss is {loss} after this epoch: lower --learning-rate; the best files "
                              "so far are kept")
+        losses += [loss] * len(images)
         for mask, opacity in zip(*to_probabilities(logits, class_logits)):
-            yield next(indices), mask, opacity, loss
+            index = next(indices)
+            boxes, size = dataset.boxes[index], dataset.original_sizes[index]
+            found = (find_boxes(mask, 1, size, box_threshold=box_threshold, gate_threshold=0)
+                     for box_threshold in box_thresholds)
+            scores.append([average_precision_image(*predicted, boxes) for predicted in found])
+            opacities.append(opacity)
+            confidences.append(opacity * mask.max())
+            truths.append(len(boxes) > 0)
+    scores, opacities, truths = np.array(scores), np.array(opacities), np.array(truths)
+    table, (row, column) = search_thresholds(scores, opacities, truths, gate_thresholds)
+    thresholds = {"box_threshold": float(box_thresholds[row]), "gate_threshold": float(gate_thresholds[column])}
+    gated = gate_scores(scores[:, row], opacities, truths, gate_thresholds[column])
+    scores = {"loss": float(np.mean(losses)), "rsna": mean_average_precision(gated),
+              "total": total_average_precision(gated), "auc": roc_auc(confidences, truths)}
+    return scores, thresholds, table, truths, np.array(confidences)
 
 
-def evaluate(model, loader, runtime, thresholds, visit=None):
-    """Scores the loader's images with boxes found as predict.py finds them.
-
-    thresholds {"box_threshold", "gate_threshold"}; `visit(index, mask, (boxes, confidences, original_size))` sees each.
-    Returns the scores {"loss", "rsna", "total", "auc"}, and the images' truths and confidences (N,), from which the AUC
-    is: whether there is an opacity, and the opacity probability times the mask's maximum.
-    """
-    dataset = loader.dataset.dataset
-    losses, scores, confidences, truths = [], [], [], []
-    for index, mask, opacity, loss in predict_loader(model, loader, runtime):
-        found = find_boxes(mask, opacity, dataset.original_sizes[index], **thresholds)
-        losses.append(loss)
-        scores.append(average_precision_image(*found, dataset.boxes[index]))
-        confidences.append(opacity * mask.max())
-        truths.append(len(dataset.boxes[index]) > 0)
-        if visit:
-            visit(index, mask, (*found, dataset.original_sizes[index]))
-    scores = {"loss": float(np.mean(losses)), "rsna": mean_average_precision(scores),
-              "total": total_average_precision(scores), "auc": roc_auc(confidences, truths)}
-    return scores, np.array(truths), np.array(confidences)
-
-
-def find_thresholds(model, loader, runtime, box_thresholds=BOX_THRESHOLDS):
-    """Searches the two thresholds on the loader's images: (thresholds, table over box_thresholds x GATE_THRESHOLDS)."""
-    dataset = loader.dataset.dataset
-    scores, opacities, has_target = [], [], []
-    for index, mask, opacity, _ in progress(
-            predict_loader(model, loader, runtime), total=len(loader.dataset), description="search"):
-        boxes, size = dataset.boxes[index], dataset.original_sizes[index]
-        found = (find_boxes(mask, 1, size, box_threshold=threshold, gate_threshold=0) for threshold in box_thresholds)
-        scores.append([average_precision_image(*predicted, boxes) for predicted in found])
-        opacities.append(opacity)
-        has_target.append(len(boxes) > 0)
-    table, (row, column) = search_thresholds(np.array(scores), np.array(opacities), has_target)
-    return {"box_threshold": float(box_thresholds[row]), "gate_threshold": float(GATE_THRESHOLDS[column])}, table
-
-
-def overlay_of(dataset, index, mask, predicted):
-    """What draw_overlay takes for an image of the data set, truth included."""
-    return dataset.images[index].copy(), mask, predicted, dataset.boxes[index]
-
-
-def save_pictures(model, loader, runtime, thresholds, folder):
-    """Scores the loader's images and draws each with its truth into `folder`; returns what evaluate returns."""
-    dataset, drawings = loader.dataset.dataset, []
-    with ThreadPoolExecutor(2) as drawers:
-        def draw(index, mask, predicted):
-            path = folder / f"{dataset.patient_ids[index]}.png"
-            drawings.append(drawers.submit(save_overlay, path, *overlay_of(dataset, index, mask, predicted)))
-        result = evaluate(model, loader, runtime, thresholds, draw)
-    for drawing in drawings:
-        drawing.result()
-    return result
+def overlays(model, dataset, indices, runtime, thresholds, batch_size=16):
+    """Yields for images of the data set the index and what draw_overlay takes, truth included."""
+    model.eval()
+    for batch in batched(indices, batch_size):
+        masks, opacities = predict_masks(model, torch.from_numpy(dataset.images[batch])[:, None], runtime)
+        for index, mask, opacity in zip(batch, masks, opacities):
+            size = dataset.original_sizes[index]
+            found = find_boxes(mask, opacity, size, **thresholds)
+            yield index, (dataset.images[index].copy(), mask, (*found, size), dataset.boxes[index])
 
 
 def make_parser():
@@ -315,10 +292,9 @@ def check_disk(folder, model):
                "give another folder with --save")
 
 
-def fit(training, loaders, generators, state, args, writer):
-    """Trains the epochs that are left and keeps last, loss.best and prec.best in args.save; returns scores by epoch."""
+def fit(training, loaders, generators, history, args, writer):
+    """Trains the epochs that `history` lacks and adds their scores; keeps last, loss.best and prec.best in args.save."""
     train_loader, val_loader = loaders
-    history = list(state.get("history", []))
 
     def log(losses, learning_rate):
         step = training.scheduler.last_epoch
@@ -339,7 +315,6 @@ def fit(training, loaders, generators, state, args, writer):
         print(f"epoch {epoch + 1}/{args.epochs}: loss {train_loss:.4f}, validation loss {scores['loss']:.4f}, "
               f"RSNA mAP {scores['rsna']:.4f}, total AP {scores['total']:.4f}, AUC {scores['auc']:.4f}, "
               f"{speed:.1f} images/s", flush=True)
-    return history
 
 
 def validate(training, loader, args, writer, epoch):
@@ -347,25 +322,21 @@ def validate(training, loader, args, writer, epoch):
 
     With --train-threshold at thresholds of this epoch's own, so that epochs are compared as they would be used.
     """
-    dataset = loader.dataset.dataset
-    shown = [index for index in loader.dataset.indices if len(dataset.boxes[index])][:SHOWN]
-
-    def show(index, mask, predicted):
-        if index in shown:
-            picture = draw_overlay(*overlay_of(dataset, index, mask, predicted))
-            writer.add_image(f"validation/{shown.index(index)}", np.asarray(picture), epoch, dataformats="HWC")
-    thresholds = given_thresholds(args)
-    if args.train_threshold:
-        thresholds, _ = find_thresholds(training.model, loader, training.runtime, COARSE_THRESHOLDS)
-    scores, truths, confidences = evaluate(training.model, loader, training.runtime, thresholds, show)
+    model, runtime, dataset = training.model, training.runtime, loader.dataset.dataset
+    scores, thresholds, _, truths, confidences = evaluate(
+        model, loader, runtime, *thresholds_to_try(args, COARSE_THRESHOLDS))
     for tag, name in (("loss/validation", "loss"), ("ap/rsna", "rsna"), ("ap/total", "total"), ("ap/auc", "auc")):
         writer.add_scalar(tag, scores[name], epoch)
     writer.add_pr_curve("image has opacity", truths, confidences, epoch)
+    shown = [index for index in loader.dataset.indices if len(dataset.boxes[index])][:SHOWN]
+    for place, (_, overlay) in enumerate(overlays(model, dataset, shown, runtime, thresholds)):
+        writer.add_image(f"validation/{place}", np.asarray(draw_overlay(*overlay)), epoch, dataformats="HWC")
     return scores
 
 
-def given_thresholds(args):
-    return {"box_threshold": args.box_threshold, "gate_threshold": args.gate_threshold}
+def thresholds_to_try(args, box_thresholds=BOX_THRESHOLDS):
+    """Mask and gate thresholds for `evaluate`: the given pair, or all of the search with --train-threshold."""
+    return (box_thresholds, GATE_THRESHOLDS) if args.train_threshold else ([args.box_threshold], [args.gate_threshold])
 
 
 def save_epoch(training, history, args):
@@ -399,16 +370,16 @@ def plain_args(args):
 def finish(loader, runtime, args, writer):
     """Scores the best weights as predict.py will use them and writes final.pth.tar; returns the final figures."""
     model, state = load_checkpoint(args.save / "prec.best.pth.tar", runtime.device)
-    thresholds = given_thresholds(args)
-    if args.train_threshold:
-        thresholds, table = find_thresholds(model, loader, runtime)
-        for threshold, score in zip(BOX_THRESHOLDS, table[:, GATE_THRESHOLDS == thresholds["gate_threshold"]]):
-            writer.add_scalar("ap/rsna at threshold in percent", score.item(), round(100 * threshold))
+    box_thresholds, gate_thresholds = thresholds_to_try(args)
+    scores, thresholds, table, *_ = evaluate(model, loader, runtime, box_thresholds, gate_thresholds)
+    column = list(gate_thresholds).index(thresholds["gate_threshold"])
+    for threshold, score in zip(box_thresholds, table[:, column]):
+        writer.add_scalar("ap/rsna at threshold in percent", score, round(100 * threshold))
     if args.save_images:
         folder = make_folder(args.save / "images", flag="--save", variable="TRAINML_OUTPUT_PATH")
-        scores, *_ = save_pictures(model, loader, runtime, thresholds, folder)
-    else:
-        scores, *_ = evaluate(model, loader, runtime, thresholds)
+        dataset, indices = loader.dataset.dataset, loader.dataset.indices
+        save_overlays((folder / f"{dataset.patient_ids[index]}.png", overlay)
+                      for index, overlay in overlays(model, dataset, indices, runtime, thresholds))
     figures = {"rsna_mean_average_precision": scores["rsna"], "total_average_precision": scores["total"],
                "image_roc_auc": scores["auc"], "validation_loss": scores["loss"],
                "best_threshold": thresholds["box_threshold"], "gate_threshold": thresholds["gate_threshold"]}
@@ -457,11 +428,12 @@ def main(argv=None):
         scheduler.load_state_dict(state["scheduler"])
         scaler.load_state_dict(state["scaler"])
     training = Training(model, optimizer, scheduler, scaler, augmentation, runtime)
+    history = list(state.get("history", []))
     with SummaryWriter(args.save / "logs", purge_step=scheduler.last_epoch or None) as writer:
         try:
-            history = fit(training, loaders, (generator, augmentation.generator), state, args, writer)
+            fit(training, loaders, (generator, augmentation.generator), history, args, writer)
         except KeyboardInterrupt:
-            if (args.save / "last.pth.tar").exists():
+            if history and (args.save / "last.pth.tar").exists():
                 print(f"continue with: python train.py --checkpoint {args.save / 'last.pth.tar'} --save {args.save}")
             raise
         trained = time.monotonic()

@@ -62,13 +62,15 @@ def test_integer_reduction_averages_blocks(tmp_path, write_dicom):
 
 
 def test_any_shape_becomes_a_square_and_keeps_its_size(tmp_path, write_dicom):
-    image, original_size = prepare(write_dicom(tmp_path / "a.dcm", np.arange(3000, dtype=np.uint16).reshape(30, 100)), 128)
+    path = write_dicom(tmp_path / "a.dcm", np.arange(3000, dtype=np.uint16).reshape(30, 100))
+    image, original_size = prepare(path, 128)
     assert image.shape == (128, 128) and original_size == (30, 100)
 
 
 def test_modality_rescale_and_window_act_before_the_range(tmp_path, write_dicom):
     pixels = GRADIENT.astype(np.int16)
-    path = write_dicom(tmp_path / "a.dcm", pixels, RescaleSlope=-2, RescaleIntercept=10, WindowCenter=-90, WindowWidth=101)
+    path = write_dicom(tmp_path / "a.dcm", pixels, RescaleSlope=-2, RescaleIntercept=10, WindowCenter=-90,
+                       WindowWidth=101)
     shown = np.clip((-2.0 * pixels + 10 - -90.5) / 100 + 0.5, 0, 1)  # DICOM PS3.3 C.11.2.1.2
     np.testing.assert_allclose(prepare(path)[0], unit(shown), atol=1e-5)
 
@@ -121,7 +123,8 @@ def test_unusable_files_say_why(tmp_path, write_dicom):
     del without.PixelData
     without.save_as(tmp_path / "without.dcm", enforce_file_format=True)
     jpeg_dicom(tmp_path / "other size.dcm", GRADIENT.astype(np.uint8), Rows=32)
-    for name, reason in (("text", "DICOM"), ("empty", "empty|DICOM"), ("cut", "pixel data"), ("missing", "No such file"),
+    for name, reason in (("text", "DICOM"), ("empty", "empty|DICOM"), ("cut", "pixel data"),
+                         ("missing", "No such file"),
                          ("huge", "65535 x 65535 pixels"), ("without", "no pixel data"), ("other size", "64 x 64")):
         with pytest.raises(ds.UnreadableImage, match=reason):
             prepare(tmp_path / f"{name}.dcm")
@@ -166,7 +169,8 @@ def test_boxes_beyond_the_image_are_clipped():
 def small_dataset(tmp_path, write_dicom):
     files = {f"p{i}": write_dicom(tmp_path / f"p{i}.dcm", GRADIENT.astype(np.uint8) + i) for i in range(5)}
     boxes = {"p1": [[16, 8, 16, 32]]}
-    return ds.PneumoniaDataset(files, {key: boxes.get(key, ()) for key in files}, {key: i for i, key in enumerate(files)},
+    classes = {key: i for i, key in enumerate(files)}
+    return ds.PneumoniaDataset(files, {key: boxes.get(key, ()) for key in files}, classes,
                                rescale_factor=16, workers=2)
 
 

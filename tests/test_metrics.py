@@ -101,7 +101,8 @@ def test_diagonal_neighbours_are_one_region():
 
 
 def test_prediction_string_is_in_descending_confidence():
-    assert prediction_string([[1, 2, 3, 4], [5, 6, 7, 8]], [0.25, 0.5]) == "0.5000 5.0 6.0 7.0 8.0 0.2500 1.0 2.0 3.0 4.0"
+    text = prediction_string([[1, 2, 3, 4], [5, 6, 7, 8]], [0.25, 0.5])
+    assert text == "0.5000 5.0 6.0 7.0 8.0 0.2500 1.0 2.0 3.0 4.0"
     assert prediction_string([], []) == ""
 
 

@@ -13,7 +13,8 @@ LEVELS = {  # name: channels in, in the middle, out; read off a checkpoint of th
     "down_1": (1, 64, 64), "down_2": (64, 128, 128), "down_3": (128, 256, 256), "down_4": (256, 512, 512),
     "down_5": (512, 512, 512), "middle": (512, 512, 512), "up_5": (768, 512, 512), "up_4": (768, 512, 512),
     "up_3": (384, 256, 256), "up_2": (192, 128, 128), "up_1": (96, 64, 1)}
-TRANSPOSED = {"middle_t": (512, 256), "up_5_t": (512, 256), "up_4_t": (512, 128), "up_3_t": (256, 64), "up_2_t": (128, 32)}
+TRANSPOSED = {"middle_t": (512, 256), "up_5_t": (512, 256), "up_4_t": (512, 128), "up_3_t": (256, 64),
+              "up_2_t": (128, 32)}
 
 
 def earlier_weights(seed=0):

@@ -55,6 +55,10 @@ def test_a_run_writes_its_files_repeats_and_continues(start, tmp_path, capsys, m
         patch.setattr(train, "save_epoch", interrupt)
         start("--train-threshold", "--epochs", "2", save=tmp_path / "b")
     assert f"--checkpoint {tmp_path / 'b' / 'last.pth.tar'}" in capsys.readouterr().out
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "train_one_epoch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        start(save=tmp_path / "a")  # last.pth.tar there is an older run's
+    assert "continue with" not in capsys.readouterr().out
     second = start("--checkpoint", str(tmp_path / "b" / "last.pth.tar"), save=tmp_path / "b")
     assert_same_weights(tmp_path / "a" / "last.pth.tar", tmp_path / "b" / "last.pth.tar")
     assert without_times(second) == without_times(first) and len(second["history"]) == 2
@@ -173,3 +177,32 @@ def test_a_network_that_overfits_four_images_finds_their_boxes():
         truth = [[320, 16 * (10 + 5 * i), 320, 480]] if i < 3 else []
         scores.append(train.average_precision_image(*found, truth))
     assert scores[:3] == [1, 1, 1] and math.isnan(scores[3])
+
+
+class Brightness(torch.nn.Module):
+    """Takes bright regions for opacities, and bright images for images with opacities."""
+
+    def segment_and_classify(self, images):
+        smooth, level = torch.nn.functional.avg_pool2d(images, 9, 1, 4), images.mean((1, 2, 3))
+        return 20 * (smooth - 0.6), torch.stack([0 * level, 0 * level, 20 * (level - 0.45)], dim=1)
+
+
+def test_scores_of_one_pass_are_those_of_the_boxes_that_are_drawn(phantoms, train_csv):
+    args, *_ = train.parse_args(["--data", str(phantoms / "stage_2_train_images"), "--labels", str(train_csv), *SMALL])
+    dataset, *parts = train.load_data(args)
+    indices = parts[0]
+    *_, loader, _ = train.build_loaders(dataset, indices, indices, args)
+    model, runtime = Brightness(), train.choose_runtime("cpu", "fp32")
+    for index, (_, _, (boxes, *_), _) in train.overlays(
+            model, dataset, indices[::2], runtime, {"box_threshold": 0.5, "gate_threshold": 0.3}):
+        dataset.boxes[index] = boxes  # every second image agrees with the model at these thresholds
+    scores, thresholds, table, truths, confidences = train.evaluate(
+        model, loader, runtime, np.arange(1, 20) / 20, np.arange(20) / 20)
+    drawn = [train.average_precision_image(*found[:2], truth)
+             for _, (_, _, found, truth) in train.overlays(model, dataset, indices, runtime, thresholds)]
+    assert 0.1 < np.nanmean(drawn) < 1 and np.isnan(drawn).any()
+    assert scores["rsna"] == pytest.approx(np.nanmean(drawn))
+    assert scores["total"] == pytest.approx(np.nansum(drawn) / len(indices))
+    again, *_ = train.evaluate(model, loader, runtime, *([value] for value in thresholds.values()))
+    assert again == scores
+    assert len(truths) == len(confidences) == len(indices) and table.shape == (19, 20)
