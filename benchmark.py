@@ -159,9 +159,7 @@ def time_training_sample(bench):
 def time_training(bench):
     runtime, images, waits = bench.runtime, len(bench.indices), []
     clock = DataClock(train.build_loaders(bench.dataset, bench.indices, [], bench.options)[0], runtime.device)
-    optimizer, scheduler = train.build_optimizer(bench.model, bench.options, 100 * len(clock))
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
-    training = train.Training(bench.model, optimizer, scheduler, scaler, clock, runtime)
+    training = train.build_training(bench.model, bench.options, 100 * len(clock), runtime)._replace(augmentation=clock)
 
     def epoch():
         train.train_one_epoch(training, clock, lambda losses, learning_rate: None)

@@ -31,8 +31,8 @@ from job import InputError, atomic_write, default_path, make_folder, require, ru
 from metrics import MIN_AREA, parse_boxes, prediction_string
 from model import load_checkpoint
 
-BOX_THRESHOLD = 0.25  # mask probability; used where no search has found a better one
-GATE_THRESHOLD = 0.25  # probability that the image has an opacity, likewise
+BOX_THRESHOLD = 0.5  # mask probability; used where no search has found a better one
+GATE_THRESHOLD = 0.5  # confidence that the image has an opacity, likewise
 RESCALE_FACTORS = (1, 2, 4, 8, 16)
 LOG_SECONDS = 30  # between progress lines in a job log
 DRAWINGS_WAITING = 64  # more would only fill the memory, and hide a full disk until the end
@@ -115,12 +115,17 @@ def to_network(images, device):
     return images.float().div_(255)
 
 
+def image_confidence(mask, opacity):
+    """Confidence in 0..1 that there is an opacity: the whole image's probability times the mask's (S, S) highest."""
+    return float(opacity * mask.max())
+
+
 def find_boxes(mask, opacity, original_size, *, box_threshold, gate_threshold):
     """Boxes (n, 4) in original pixels and confidences (n,): those of the mask (S, S) times the image's `opacity`.
 
-    No boxes if `opacity` is below `gate_threshold`; regions below MIN_AREA original pixels are left out.
+    No boxes if image_confidence is below `gate_threshold`; regions below MIN_AREA original pixels are left out.
     """
-    if opacity < gate_threshold:
+    if image_confidence(mask, opacity) < gate_threshold:
         return np.zeros((0, 4)), np.zeros(0)
     boxes, confidences = parse_boxes(mask, box_threshold, MIN_AREA * mask.size / np.prod(original_size))
     return rescale_boxes(boxes, mask.shape, original_size), confidences * opacity

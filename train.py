@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 from torch.utils.tensorboard import SummaryWriter
 
@@ -29,8 +30,8 @@ from metrics import (BOX_THRESHOLDS, GATE_THRESHOLDS, average_precision_image, g
                      roc_auc, search_thresholds, total_average_precision)
 from model import PneumoniaUNET, load_checkpoint, save_checkpoint
 from predict import (BOX_THRESHOLD, GATE_THRESHOLD, RESCALE_FACTORS, Runtime, add_runtime_options, batched,
-                     choose_runtime, draw_overlay, find_boxes, number, predict_masks, progress, save_overlays, segment,
-                     to_network, to_probabilities, write_csv, write_text)
+                     choose_runtime, draw_overlay, find_boxes, image_confidence, number, predict_masks, progress,
+                     save_overlays, segment, to_network, to_probabilities, write_csv, write_text)
 
 OPTIMIZERS = {  # class, and what our defaults change of its own
     "adam": (torch.optim.Adam, {"lr": 5e-4}),
@@ -48,11 +49,13 @@ SHOWN = 4  # validation images drawn for TensorBoard after every epoch
 CHECK_STEPS = 20  # between looks at the loss, each of which waits for the GPU
 PLACES = ("data", "labels", "save", "checkpoint", "device", "workers")  # flags a continued run does not inherit
 CHANGEABLE = ("epochs", "train_threshold", "save_images", "box_threshold", "gate_threshold", "precision")
+CONTINUED = ("average", "optimizer", "scheduler", "scaler")  # parts of Training that last.pth.tar adds to the model
 
 
 class Training(NamedTuple):
-    """All that a training step changes or needs."""
+    """All that a training step changes or needs; `average.module` is the network that is scored and kept."""
     model: PneumoniaUNET
+    average: AveragedModel
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
@@ -127,6 +130,20 @@ def build_optimizer(model, args, total_steps):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
+def average_weights(averaged, current, steps):
+    """Moving average over about the last tenth of the steps, at most 100 (AveragedModel's multi_avg_fn)."""
+    get_ema_multi_avg_fn(min((steps + 1) / (steps + 11), 0.99))(averaged, current, steps)
+
+
+def build_training(model, args, total_steps, runtime):
+    """Puts the model on the device with all that its training needs."""
+    model = model.to(runtime.device, memory_format=torch.channels_last)
+    average = AveragedModel(model, multi_avg_fn=average_weights, use_buffers=True)
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+    augmentation = Augmentation(torch.Generator())
+    return Training(model, average, *build_optimizer(model, args, total_steps), scaler, augmentation, runtime)
+
+
 def combined_loss(logits, class_logits, masks, classes):
     """Binary cross-entropy + 0.5 Dice over the batch's pixels + 0.3 cross-entropy of the classes.
 
@@ -141,7 +158,7 @@ def combined_loss(logits, class_logits, masks, classes):
 
 def train_one_epoch(training, loader, log):
     """One pass over the loader; calls log(losses, learning_rate) every CHECK_STEPS steps. Returns the mean loss."""
-    model, optimizer, scheduler, scaler, augmentation, runtime = training
+    model, average, optimizer, scheduler, scaler, augmentation, runtime = training
     model.train()
     pending, total = [], 0.0
     for step, (images, masks, classes) in enumerate(progress(loader, total=len(loader), description="train"), 1):
@@ -152,6 +169,7 @@ def train_one_epoch(training, loader, log):
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
+        average.update_parameters(model)
         scheduler.step()
         pending.append(loss.detach())
         if step % CHECK_STEPS == 0 or step == len(loader):
@@ -176,12 +194,12 @@ def evaluate(model, loader, runtime, box_thresholds, gate_thresholds):
 
     Returns the scores {"loss", "rsna", "total", "auc"} at the best pair (see search_thresholds), that pair as
     {"box_threshold", "gate_threshold"}, the table of mean average precisions it comes from (T, G), and the images'
-    truths and confidences (N,), from which the AUC is: whether there is an opacity, and the opacity probability times
-    the mask's maximum. Raises InputError if the loss is not finite.
+    truths and confidences (N,), from which the AUC is: whether there is an opacity, and image_confidence. Raises
+    InputError if the loss is not finite.
     """
     model.eval()
     dataset, indices = loader.dataset.dataset, iter(loader.dataset.indices)
-    losses, scores, opacities, confidences, truths = [], [], [], [], []
+    losses, scores, confidences, truths = [], [], [], []
     for images, masks, classes in loader:
         logits, class_logits = segment(model, to_network(images, runtime.device), runtime)
         loss = combined_loss(logits, class_logits, masks.to(runtime.device).float(), classes.to(runtime.device)).item()
@@ -195,16 +213,15 @@ def evaluate(model, loader, runtime, box_thresholds, gate_thresholds):
             found = (find_boxes(mask, 1, size, box_threshold=box_threshold, gate_threshold=0)
                      for box_threshold in box_thresholds)
             scores.append([average_precision_image(*predicted, boxes) for predicted in found])
-            opacities.append(opacity)
-            confidences.append(opacity * mask.max())
+            confidences.append(image_confidence(mask, opacity))
             truths.append(len(boxes) > 0)
-    scores, opacities, truths = np.array(scores), np.array(opacities), np.array(truths)
-    table, (row, column) = search_thresholds(scores, opacities, truths, gate_thresholds)
+    scores, confidences, truths = np.array(scores), np.array(confidences), np.array(truths)
+    table, (row, column) = search_thresholds(scores, confidences, truths, gate_thresholds)
     thresholds = {"box_threshold": float(box_thresholds[row]), "gate_threshold": float(gate_thresholds[column])}
-    gated = gate_scores(scores[:, row], opacities, truths, gate_thresholds[column])
+    gated = gate_scores(scores[:, row], confidences, truths, gate_thresholds[column])
     scores = {"loss": float(np.mean(losses)), "rsna": mean_average_precision(gated),
               "total": total_average_precision(gated), "auc": roc_auc(confidences, truths)}
-    return scores, thresholds, table, truths, np.array(confidences)
+    return scores, thresholds, table, truths, confidences
 
 
 def overlays(model, dataset, indices, runtime, thresholds, batch_size=16):
@@ -243,7 +260,7 @@ def make_parser():
     add("--rescale-factor", "--rf", type=int, choices=RESCALE_FACTORS, default=4, help="1024 / side of network's image")
     add("--box-threshold", "--bt", type=number(0, 1), default=BOX_THRESHOLD, help="mask probability that makes a box")
     add("--gate-threshold", "--gt", type=number(0, 1), default=GATE_THRESHOLD,
-        help="opacity probability below which an image has no boxes")
+        help="image confidence below which an image has no boxes")
     add_runtime_options(parser, batch_size=8)
     return parser
 
@@ -285,15 +302,15 @@ def _refuse_if(wrong, message):
 
 
 def check_disk(folder, model):
-    """Raises InputError if a run's checkpoints will not fit: 9 times the weights with Adam and one being written."""
-    needed = 9 * sum(value.nbytes for value in model.state_dict().values())
+    """Raises InputError if a run's checkpoints will not fit: 11 times the weights with Adam and one being written."""
+    needed = 11 * sum(value.nbytes for value in model.state_dict().values())
     free = shutil.disk_usage(folder).free
     _refuse_if(free < needed, f"{folder} has {free / 1e6:.0f} MB left, a run needs {needed / 1e6:.0f}: free some, or "
                "give another folder with --save")
 
 
 def fit(training, loaders, generators, history, args, writer):
-    """Trains the epochs that `history` lacks and adds their scores; keeps last, loss.best and prec.best in args.save."""
+    """Trains the epochs that `history` lacks, adds their scores to it and keeps last, loss.best and prec.best."""
     train_loader, val_loader = loaders
 
     def log(losses, learning_rate):
@@ -322,7 +339,7 @@ def validate(training, loader, args, writer, epoch):
 
     With --train-threshold at thresholds of this epoch's own, so that epochs are compared as they would be used.
     """
-    model, runtime, dataset = training.model, training.runtime, loader.dataset.dataset
+    model, runtime, dataset = training.average.module, training.runtime, loader.dataset.dataset
     scores, thresholds, _, truths, confidences = evaluate(
         model, loader, runtime, *thresholds_to_try(args, COARSE_THRESHOLDS))
     for tag, name in (("loss/validation", "loss"), ("ap/rsna", "rsna"), ("ap/total", "total"), ("ap/auc", "auc")):
@@ -341,7 +358,7 @@ def thresholds_to_try(args, box_thresholds=BOX_THRESHOLDS):
 
 def save_epoch(training, history, args):
     """Writes last.pth.tar, from which a run continues exactly, and the best files where this epoch is the best yet."""
-    model, arguments = training.model, plain_args(args)
+    arguments = plain_args(args)
     best = {"loss.best": min(history, key=lambda scores: scores["loss"]),
             "prec.best": max(reversed(history), key=lambda scores: scores["rsna"])}
     common = {"rescale_factor": args.rescale_factor, "best_threshold": args.box_threshold,
@@ -349,9 +366,9 @@ def save_epoch(training, history, args):
     for name, scores in best.items():
         path = args.save / f"{name}.pth.tar"
         if scores is history[-1] or not path.exists():
-            save_checkpoint(path, model, **common)
-    save_checkpoint(args.save / "last.pth.tar", model, optimizer=training.optimizer.state_dict(),
-                    scheduler=training.scheduler.state_dict(), scaler=training.scaler.state_dict(), **common)
+            save_checkpoint(path, training.average.module, **common)
+    states = {name: getattr(training, name).state_dict() for name in CONTINUED}
+    save_checkpoint(args.save / "last.pth.tar", training.model, **states, **common)
 
 
 def copy_best(source, save):
@@ -418,20 +435,15 @@ def main(argv=None):
     print(f"{len(parts[0])} training and {len(parts[1])} validation images", flush=True)
     prepared = time.monotonic()
 
-    model = model.to(runtime.device, memory_format=torch.channels_last)
-    optimizer, scheduler = build_optimizer(model, args, args.epochs * len(loaders[0]))
-    augmentation = Augmentation(torch.Generator())
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+    training = build_training(model, args, args.epochs * len(loaders[0]), runtime)
     if "optimizer" in state:
         copy_best(Path(args.checkpoint).parent, args.save)
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        scaler.load_state_dict(state["scaler"])
-    training = Training(model, optimizer, scheduler, scaler, augmentation, runtime)
+        for name in CONTINUED:
+            getattr(training, name).load_state_dict(state[name])
     history = list(state.get("history", []))
-    with SummaryWriter(args.save / "logs", purge_step=scheduler.last_epoch or None) as writer:
+    with SummaryWriter(args.save / "logs", purge_step=training.scheduler.last_epoch or None) as writer:
         try:
-            fit(training, loaders, (generator, augmentation.generator), history, args, writer)
+            fit(training, loaders, (generator, training.augmentation.generator), history, args, writer)
         except KeyboardInterrupt:
             if history and (args.save / "last.pth.tar").exists():
                 print(f"continue with: python train.py --checkpoint {args.save / 'last.pth.tar'} --save {args.save}")
