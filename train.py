@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 from torch.utils.tensorboard import SummaryWriter
 
@@ -49,13 +48,12 @@ SHOWN = 4  # validation images drawn for TensorBoard after every epoch
 CHECK_STEPS = 20  # between looks at the loss, each of which waits for the GPU
 PLACES = ("data", "labels", "save", "checkpoint", "device", "workers")  # flags a continued run does not inherit
 CHANGEABLE = ("epochs", "train_threshold", "save_images", "box_threshold", "gate_threshold", "precision")
-CONTINUED = ("average", "optimizer", "scheduler", "scaler")  # parts of Training that last.pth.tar adds to the model
+CONTINUED = ("optimizer", "scheduler", "scaler")  # parts of Training that last.pth.tar adds to the model
 
 
 class Training(NamedTuple):
-    """All that a training step changes or needs; `average.module` is the network that is scored and kept."""
+    """All that a training step changes or needs."""
     model: PneumoniaUNET
-    average: AveragedModel
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
@@ -130,18 +128,12 @@ def build_optimizer(model, args, total_steps):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
-def average_weights(averaged, current, steps):
-    """Moving average over about the last tenth of the steps, at most 100 (AveragedModel's multi_avg_fn)."""
-    get_ema_multi_avg_fn(min((steps + 1) / (steps + 11), 0.99))(averaged, current, steps)
-
-
 def build_training(model, args, total_steps, runtime):
     """Puts the model on the device with all that its training needs."""
     model = model.to(runtime.device, memory_format=torch.channels_last)
-    average = AveragedModel(model, multi_avg_fn=average_weights, use_buffers=True)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     augmentation = Augmentation(torch.Generator())
-    return Training(model, average, *build_optimizer(model, args, total_steps), scaler, augmentation, runtime)
+    return Training(model, *build_optimizer(model, args, total_steps), scaler, augmentation, runtime)
 
 
 def combined_loss(logits, class_logits, masks, classes):
@@ -158,7 +150,7 @@ def combined_loss(logits, class_logits, masks, classes):
 
 def train_one_epoch(training, loader, log):
     """One pass over the loader; calls log(losses, learning_rate) every CHECK_STEPS steps. Returns the mean loss."""
-    model, average, optimizer, scheduler, scaler, augmentation, runtime = training
+    model, optimizer, scheduler, scaler, augmentation, runtime = training
     model.train()
     pending, total = [], 0.0
     for step, (images, masks, classes) in enumerate(progress(loader, total=len(loader), description="train"), 1):
@@ -169,7 +161,6 @@ def train_one_epoch(training, loader, log):
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        average.update_parameters(model)
         scheduler.step()
         pending.append(loss.detach())
         if step % CHECK_STEPS == 0 or step == len(loader):
@@ -302,8 +293,8 @@ def _refuse_if(wrong, message):
 
 
 def check_disk(folder, model):
-    """Raises InputError if a run's checkpoints will not fit: 11 times the weights with Adam and one being written."""
-    needed = 11 * sum(value.nbytes for value in model.state_dict().values())
+    """Raises InputError if a run's checkpoints will not fit: 9 times the weights with Adam and one being written."""
+    needed = 9 * sum(value.nbytes for value in model.state_dict().values())
     free = shutil.disk_usage(folder).free
     _refuse_if(free < needed, f"{folder} has {free / 1e6:.0f} MB left, a run needs {needed / 1e6:.0f}: free some, or "
                "give another folder with --save")
@@ -339,7 +330,7 @@ def validate(training, loader, args, writer, epoch):
 
     With --train-threshold at thresholds of this epoch's own, so that epochs are compared as they would be used.
     """
-    model, runtime, dataset = training.average.module, training.runtime, loader.dataset.dataset
+    model, runtime, dataset = training.model, training.runtime, loader.dataset.dataset
     scores, thresholds, _, truths, confidences = evaluate(
         model, loader, runtime, *thresholds_to_try(args, COARSE_THRESHOLDS))
     for tag, name in (("loss/validation", "loss"), ("ap/rsna", "rsna"), ("ap/total", "total"), ("ap/auc", "auc")):
@@ -366,7 +357,7 @@ def save_epoch(training, history, args):
     for name, scores in best.items():
         path = args.save / f"{name}.pth.tar"
         if scores is history[-1] or not path.exists():
-            save_checkpoint(path, training.average.module, **common)
+            save_checkpoint(path, training.model, **common)
     states = {name: getattr(training, name).state_dict() for name in CONTINUED}
     save_checkpoint(args.save / "last.pth.tar", training.model, **states, **common)
 
