@@ -191,7 +191,7 @@ def evaluate(model, loader, runtime, box_thresholds, gate_thresholds):
     model.eval()
     dataset, indices = loader.dataset.dataset, iter(loader.dataset.indices)
     losses, scores, confidences, truths = [], [], [], []
-    for images, masks, classes in loader:
+    for images, masks, classes in progress(loader, total=len(loader), description="validate"):
         logits, class_logits = segment(model, to_network(images, runtime.device), runtime)
         loss = combined_loss(logits, class_logits, masks.to(runtime.device).float(), classes.to(runtime.device)).item()
         if not math.isfinite(loss):
@@ -386,8 +386,9 @@ def finish(loader, runtime, args, writer):
     if args.save_images:
         folder = make_folder(args.save / "images", flag="--save", variable="TRAINML_OUTPUT_PATH")
         dataset, indices = loader.dataset.dataset, loader.dataset.indices
-        save_overlays((folder / f"{dataset.patient_ids[index]}.png", overlay)
-                      for index, overlay in overlays(model, dataset, indices, runtime, thresholds))
+        pictures = overlays(model, dataset, indices, runtime, thresholds)
+        pictures = progress(pictures, total=len(indices), description="draw")
+        save_overlays((folder / f"{dataset.patient_ids[index]}.png", overlay) for index, overlay in pictures)
     figures = {"rsna_mean_average_precision": scores["rsna"], "total_average_precision": scores["total"],
                "image_roc_auc": scores["auc"], "validation_loss": scores["loss"],
                "best_threshold": thresholds["box_threshold"], "gate_threshold": thresholds["gate_threshold"]}
