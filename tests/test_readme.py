@@ -25,7 +25,7 @@ def flag_table():
     rows = ["| flag | train.py | predict.py | meaning |", "|---|---|---|---|"]
     for names, found in actions.items():
         cells = [_default(found[script]) if script in found else "" for script in ("train", "predict")]
-        meaning = next(iter(found.values())).help.replace(" (default: the checkpoint's)", "")
+        meaning = re.sub(r" \(default: .*\)$", "", next(iter(found.values())).help)  # Python 3.10 adds some of its own
         rows.append(f"| {names} | {' | '.join(cells)} | {meaning} |")
     return "\n".join(rows)
 
