@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data_processing import BOX_COLUMNS, check_boxes, find_dicom_files, read_table, warn
 from dataset import Augmentation, PneumoniaDataset, split_patients
-from job import InputError, atomic_write, default_path, make_folder, require, run
+from job import InputError, atomic_write, default_path, keep_freed_memory, make_folder, require, run
 from metrics import (BOX_THRESHOLDS, GATE_THRESHOLDS, average_precision_image, gate_scores, mean_average_precision,
                      roc_auc, search_thresholds, total_average_precision)
 from model import PneumoniaUNET, load_checkpoint, save_checkpoint
@@ -130,6 +130,8 @@ def build_optimizer(model, args, total_steps):
 
 def build_training(model, args, total_steps, runtime):
     """Puts the model on the device with all that its training needs."""
+    if runtime.device.type == "cpu":
+        keep_freed_memory()
     model = model.to(runtime.device, memory_format=torch.channels_last)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     augmentation = Augmentation(torch.Generator())

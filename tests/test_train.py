@@ -1,5 +1,7 @@
 import json
 import math
+import platform
+import resource
 
 import numpy as np
 import pytest
@@ -89,6 +91,18 @@ def test_learning_rate_warms_up_and_decays_to_the_given_share():
         scheduler.step()
     assert rates[0] == pytest.approx(0.05) and max(rates) == rates[10] == pytest.approx(0.5)
     assert rates[-1] == pytest.approx(0.1, rel=0.01)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_training_on_the_cpu_does_not_fetch_its_memory_anew_at_every_step():
+    args, *_ = train.parse_args(SMALL)
+    train.build_training(PneumoniaUNET(), args, 10, train.choose_runtime("cpu", "fp32"))
+    faults = []
+    for _ in range(8):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**23, requires_grad=True).mul(2).sigmoid().relu().exp().sum().backward()  # 8,192 pages each
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert max(faults[-2:]) < 1000
 
 
 @pytest.mark.parametrize("argv, message", [
