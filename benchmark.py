@@ -138,10 +138,10 @@ def time_training_sample(bench):
     augmentation = Augmentation(None)
 
     def epoch():
-        for images, masks, _ in loader:
+        for images, masks in loader:
             augmentation(to_network(images, device), masks.to(device).float())
 
-    images, masks, _ = next(iter(loader))
+    images, masks = next(iter(loader))
     images, masks = to_network(images, device), masks.to(device).float()
     grid = F.affine_grid(torch.eye(2, 3, device=device).repeat(len(images), 1, 1), images.shape, align_corners=True)
 
@@ -193,17 +193,17 @@ def network_limit(bench, *, training):
 def count_operations(side, training):
     """Floating point operations per image, forward or forward and backward; nothing is computed."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        logits, class_logits = PneumoniaUNET().segment_and_classify(torch.zeros(1, 1, side, side))
+        logits = PneumoniaUNET()(torch.zeros(1, 1, side, side))
         if training:
-            (logits.sum() + class_logits.sum()).backward()
+            logits.sum().backward()
     return counter.get_total_flops()
 
 
 def time_threshold_search(bench):
-    opacities = np.full(len(bench.cases), 0.5)
+    confidences = np.full(len(bench.cases), 0.5)
     seconds = bench.measure(lambda: search_thresholds(
-        np.array([[score(case, threshold) for threshold in BOX_THRESHOLDS] for case in bench.cases]), opacities,
-        opacities > 0), len(bench.cases))
+        np.array([[score(case, threshold) for threshold in BOX_THRESHOLDS] for case in bench.cases]), confidences,
+        confidences > 0), len(bench.cases))
     return seconds, label_limit(bench, BOX_THRESHOLDS)
 
 
@@ -214,7 +214,7 @@ def time_scoring(bench):
 
 def score(case, threshold):
     _, mask, (*_, size), boxes = case
-    return average_precision_image(*find_boxes(mask, 1, size, box_threshold=threshold, gate_threshold=0), boxes)
+    return average_precision_image(*find_boxes(mask, size, box_threshold=threshold, gate_threshold=0), boxes)
 
 
 def label_limit(bench, thresholds):
@@ -248,7 +248,7 @@ def prepare(paths, options):
     """PneumoniaDataset of the files, with two random boxes each."""
     files, rng = {path.stem: path for path in paths}, np.random.default_rng(42)
     boxes = {patient_id: [draw_box(rng, left) for left in (100, 550)] for patient_id in files}
-    return PneumoniaDataset(files, boxes, dict.fromkeys(files, 2), rescale_factor=options.rescale_factor,
+    return PneumoniaDataset(files, boxes, rescale_factor=options.rescale_factor,
                             workers=options.workers)
 
 
@@ -266,7 +266,7 @@ def draw_case(dataset, index, rng):
         mask += rng.uniform(0.2, 0.95) * np.exp(-4 * down**2)[:, None] * np.exp(-4 * across**2)
     uneven = ndimage.zoom(rng.uniform(0.7, 1, (16, 16)), side / 16, order=1)
     mask = ((0.03 + 0.97 * np.clip(mask, 0, 1)) * uneven).astype(np.float32)
-    found = find_boxes(mask, 1, size, box_threshold=BOX_THRESHOLD, gate_threshold=0)
+    found = find_boxes(mask, size, box_threshold=BOX_THRESHOLD, gate_threshold=0)
     return dataset.images[index].copy(), mask, (*found, size), dataset.boxes[index]
 
 

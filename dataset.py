@@ -247,16 +247,15 @@ def _extend(descriptor, offset, size):
 
 
 class PneumoniaDataset(Dataset):
-    """Radiographs with masks and classes, in network pixels; every file is decoded once, when the data set is made.
+    """Radiographs with masks, in network pixels; every file is decoded once, when the data set is made.
 
-    files {patient_id: path}, boxes {patient_id: (n, 4)} in original pixels, classes {patient_id: 0..2}, all with the
-    same keys. The images lie as uint8 in a nameless temporary file that is mapped into memory, so nothing of it is left
+    files {patient_id: path}, boxes {patient_id: (n, 4)} in original pixels, both with the same keys. The images lie as uint8 in a nameless temporary file that is mapped into memory, so nothing of it is left
     when the run ends, however it ends. Unreadable files are left out: `skipped` [(path, reason)].
 
     Raises InputError if more than MAX_UNREADABLE of the files cannot be read or the disk has no room for the cache.
     """
 
-    def __init__(self, files, boxes, classes, *, rescale_factor=4, workers=1, progress=iter):
+    def __init__(self, files, boxes, *, rescale_factor=4, workers=1, progress=iter):
         self.side = IMAGE_SIDE // rescale_factor
         self.images = self._allocate(len(files))
         self.patient_ids, self.original_sizes, self.skipped, self.notes = [], [], [], []
@@ -276,7 +275,6 @@ class PneumoniaDataset(Dataset):
             raise InputError(f"{len(self.skipped)} of {len(files)} images cannot be read, more than "
                              f"{MAX_UNREADABLE:.0%}; the first is {path}: {reason}")
         self.boxes = [np.asarray(boxes[patient_id], float).reshape(-1, 4) for patient_id in self.patient_ids]
-        self.classes = np.array([classes[patient_id] for patient_id in self.patient_ids])
 
     def _allocate(self, count):
         size = count * self.side**2
@@ -298,15 +296,15 @@ class PneumoniaDataset(Dataset):
         return len(self.patient_ids)
 
     def __getitem__(self, index):
-        images, masks, classes = self.__getitems__([index])
-        return images[0], masks[0], classes[0]
+        images, masks = self.__getitems__([index])
+        return images[0], masks[0]
 
     def __getitems__(self, indices):
-        """A whole batch at once: images and masks uint8 (B, 1, S, S), in 0..255 and 0..1; classes int64 (B,)."""
+        """A whole batch at once: images and masks uint8 (B, 1, S, S), in 0..255 and 0..1."""
         images = torch.from_numpy(self.images[indices])[:, None]
         masks = np.stack([boxes_to_mask(self.boxes[i], self.original_sizes[i], self.side) for i in indices])
         self._release()
-        return images, torch.from_numpy(masks)[:, None], torch.from_numpy(self.classes[indices])
+        return images, torch.from_numpy(masks)[:, None]
 
 
 def split_patients(labels, *, validation_share, seed):

@@ -7,7 +7,6 @@ from torch import nn
 
 from job import InputError, atomic_write
 
-CLASSES = ("Normal", "No Lung Opacity / Not Normal", "Lung Opacity")
 PRIOR_LOGIT = -3.0  # sigmoid(-3) = 0.047: about the share of opacity pixels when positives are drawn more often
 
 
@@ -39,11 +38,10 @@ class UpBlock(nn.Module):
 
 
 class PneumoniaUNET(nn.Module):
-    """U-Net of five levels with a classification head on its bottleneck.
+    """U-Net of five levels.
 
     `alpha_leaky` is the negative slope of every LeakyReLU; `bn_momentum` and `bn_eps` follow PyTorch's convention.
-    `earlier` builds the network of the earlier implementation: no head, and a last block that ends in BatchNorm and
-    LeakyReLU.
+    `earlier` builds the network of the earlier implementation, whose last block ends in BatchNorm and LeakyReLU.
     """
 
     def __init__(self, *, alpha_leaky=0.03, bn_eps=1e-5, bn_momentum=0.1, earlier=False):
@@ -71,7 +69,6 @@ class PneumoniaUNET(nn.Module):
         self.up_2 = conv2(128 + 64, 128, 128)
         self.up_2_t = UpBlock(128, 32, **options)
         self.up_1 = conv2(64 + 32, 64, 1, plain=not earlier)
-        self.head = None if earlier else nn.Linear(512, len(CLASSES))
         self._initialize(alpha_leaky)
 
     def _initialize(self, alpha_leaky):
@@ -83,8 +80,8 @@ class PneumoniaUNET(nn.Module):
         nn.init.normal_(self.up_1[1].conv.weight, std=0.01)
         nn.init.constant_(self.up_1[1].conv.bias, PRIOR_LOGIT)
 
-    def segment_and_classify(self, images):
-        """images (B, 1, H, W) in 0..1 -> mask logits (B, 1, H, W), class logits (B, 3) or None without a head."""
+    def forward(self, images):
+        """images (B, 1, H, W) in 0..1 -> mask logits (B, 1, H, W)."""
         down_1 = self.down_1(images)                      # (B, 64, H, W)
         down_2 = self.down_2(F.max_pool2d(down_1, 2))     # (B, 128, H/2, W/2)
         down_3 = self.down_3(F.max_pool2d(down_2, 2))     # (B, 256, H/4, W/4)
@@ -95,12 +92,7 @@ class PneumoniaUNET(nn.Module):
         x = self.up_4(self.up_5_t(x, down_4))             # (B, 512, H/8, W/8)
         x = self.up_3(self.up_4_t(x, down_3))             # (B, 256, H/4, W/4)
         x = self.up_2(self.up_3_t(x, down_2))             # (B, 128, H/2, W/2)
-        logits = self.up_1(self.up_2_t(x, down_1))        # (B, 1, H, W)
-        return logits, None if self.head is None else self.head(middle.mean(dim=(2, 3)))
-
-    def forward(self, images):
-        """images (B, 1, H, W) in 0..1 -> mask logits (B, 1, H, W)."""
-        return self.segment_and_classify(images)[0]
+        return self.up_1(self.up_2_t(x, down_1))          # (B, 1, H, W)
 
 
 def save_checkpoint(path, model, **state):

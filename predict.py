@@ -32,7 +32,7 @@ from metrics import MIN_AREA, parse_boxes, prediction_string
 from model import load_checkpoint
 
 BOX_THRESHOLD = 0.5  # mask probability; used where no search has found a better one
-GATE_THRESHOLD = 0.5  # confidence that the image has an opacity, likewise
+GATE_THRESHOLD = 0.5  # image_confidence below which there are no boxes, likewise
 RESCALE_FACTORS = (1, 2, 4, 8, 16)
 LOG_SECONDS = 30  # between progress lines in a job log
 DRAWINGS_WAITING = 64  # more would only fill the memory, and hide a full disk until the end
@@ -86,27 +86,20 @@ def progress(iterable, *, total, description):
 
 
 def segment(model, images, runtime):
-    """images float (B, 1, S, S) in 0..1 -> mask logits (B, 1, S, S), class logits (B, 3) or None; float32."""
+    """images float (B, 1, S, S) in 0..1 -> mask logits (B, 1, S, S), float32."""
     with runtime.autocast():
-        logits, class_logits = model.segment_and_classify(images)
-    return logits.float(), None if class_logits is None else class_logits.float()
+        return model(images).float()
 
 
-def to_probabilities(logits, class_logits):
-    """Logits -> mask probabilities (B, S, S) and opacity probabilities (B,), float32 NumPy.
-
-    The opacity probability is that of the class `Lung Opacity`, 1 for a network without a head.
-    """
-    masks = logits.sigmoid()[:, 0].cpu().numpy()
-    if class_logits is None:
-        return masks, np.ones(len(masks), np.float32)
-    return masks, class_logits.softmax(dim=1)[:, -1].cpu().numpy()
+def to_probabilities(logits):
+    """Logits (B, 1, S, S) -> mask probabilities (B, S, S), NumPy."""
+    return logits.sigmoid()[:, 0].cpu().numpy()
 
 
 @torch.inference_mode()
 def predict_masks(model, images, runtime):
-    """images uint8 (B, 1, S, S) -> what to_probabilities returns."""
-    return to_probabilities(*segment(model, to_network(images, runtime.device), runtime))
+    """images uint8 (B, 1, S, S) -> mask probabilities (B, S, S), NumPy."""
+    return to_probabilities(segment(model, to_network(images, runtime.device), runtime))
 
 
 def to_network(images, device):
@@ -115,20 +108,20 @@ def to_network(images, device):
     return images.float().div_(255)
 
 
-def image_confidence(mask, opacity):
-    """Confidence in 0..1 that there is an opacity: the whole image's probability times the mask's (S, S) highest."""
-    return float(opacity * mask.max())
+def image_confidence(mask):
+    """Confidence in 0..1 that the image has an opacity: the highest probability of its mask (S, S)."""
+    return float(mask.max())
 
 
-def find_boxes(mask, opacity, original_size, *, box_threshold, gate_threshold):
-    """Boxes (n, 4) in original pixels and confidences (n,): those of the mask (S, S) times the image's `opacity`.
+def find_boxes(mask, original_size, *, box_threshold, gate_threshold):
+    """Boxes (n, 4) in original pixels and confidences (n,) of a mask (S, S) of probabilities.
 
     No boxes if image_confidence is below `gate_threshold`; regions below MIN_AREA original pixels are left out.
     """
-    if image_confidence(mask, opacity) < gate_threshold:
+    if image_confidence(mask) < gate_threshold:
         return np.zeros((0, 4)), np.zeros(0)
     boxes, confidences = parse_boxes(mask, box_threshold, MIN_AREA * mask.size / np.prod(original_size))
-    return rescale_boxes(boxes, mask.shape, original_size), confidences * opacity
+    return rescale_boxes(boxes, mask.shape, original_size), confidences
 
 
 def draw_overlay(image, mask, predicted, truth=None):
@@ -219,13 +212,13 @@ def batched(iterable, size):
 
 
 def predict_files(model, files, runtime, *, batch_size, rescale_factor, workers):
-    """Yields (patient_id, Reading, mask, opacity) for each of files {patient_id: path}; mask None where unreadable."""
+    """Yields (patient_id, Reading, mask) for each of files {patient_id: path}; mask None where unreadable."""
     readings = zip(files, read_images(files.values(), rescale_factor=rescale_factor, workers=workers))
     for batch in batched(readings, batch_size):
         images = [reading.image[None] for _, reading in batch if reading.image is not None]
-        predictions = zip(*predict_masks(model, torch.from_numpy(np.stack(images)), runtime)) if images else None
+        masks = iter(predict_masks(model, torch.from_numpy(np.stack(images)), runtime) if images else [])
         for patient_id, reading in batch:
-            yield patient_id, reading, *((None, None) if reading.image is None else next(predictions))
+            yield patient_id, reading, None if reading.image is None else next(masks)
 
 
 def write_text(path, text):
@@ -292,13 +285,13 @@ def main(argv=None):
     annotations, notes = {}, []
 
     def annotate():
-        for patient_id, reading, mask, opacity in progress(results, total=len(files), description="predict"):
+        for patient_id, reading, mask in progress(results, total=len(files), description="predict"):
             if mask is None:
                 skipped.append((files[patient_id], reading.problem))
                 continue
             if reading.note:
                 notes.append(f"{files[patient_id]} {reading.note}")
-            found = find_boxes(mask, opacity, reading.original_size, **thresholds)
+            found = find_boxes(mask, reading.original_size, **thresholds)
             annotations[patient_id] = prediction_string(*found)
             yield pictures / f"{patient_id}.png", (reading.image, mask, (*found, reading.original_size))
     if args.save_images:

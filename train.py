@@ -63,7 +63,7 @@ class Training(NamedTuple):
 
 def load_data(args):
     """Reads train.csv and prepares its images: (data set, training indices, validation indices)."""
-    table = read_table(args.labels, ["patientId", *BOX_COLUMNS, "Target", "class"])
+    table = read_table(args.labels, ["patientId", *BOX_COLUMNS, "Target"])
     check_boxes(table, args.labels)
     files, skipped = find_dicom_files(args.data)
     warn("files are left out", [f"{path} {reason}" for path, reason in skipped])
@@ -84,13 +84,11 @@ def load_data(args):
 
 
 def prepare(table, files, args):
-    """PneumoniaDataset of `files`, with the classes 0 `Normal`, 1 neither, 2 `Lung Opacity` (Target 1)."""
-    rows = table.sort_values("Target", ascending=False).drop_duplicates("patientId").set_index("patientId")
-    classes = np.where(rows["Target"] == 1, 2, np.where(rows["class"] == "Normal", 0, 1))
+    """PneumoniaDataset of `files` with the table's boxes."""
     boxes = dict.fromkeys(files, ())
     boxes |= {key: group.to_numpy() for key, group in table[table["Target"] == 1].groupby("patientId")[BOX_COLUMNS]}
     dataset = PneumoniaDataset(
-        files, boxes, dict(zip(rows.index, classes)), rescale_factor=args.rescale_factor, workers=args.workers,
+        files, boxes, rescale_factor=args.rescale_factor, workers=args.workers,
         progress=partial(progress, total=len(files), description="prepare"))
     warn("images are used in part", [f"{path} {note}" for path, note in dataset.notes])
     warn("images cannot be read and are left out", [f"{path}: {problem}" for path, problem in dataset.skipped])
@@ -100,9 +98,9 @@ def prepare(table, files, args):
 def build_loaders(dataset, training, validation, args):
     """Loaders for training, validation after an epoch, and the final validation, and the generator of the first."""
     generator = torch.Generator()
-    weights = np.where(dataset.classes[training] == 2, POSITIVE_WEIGHT, 1)
+    weights = [POSITIVE_WEIGHT if len(dataset.boxes[index]) else 1 for index in training]
     samples = min(len(training), DEBUG_STEPS * args.batch_size) if args.debug else len(training)
-    sampler = WeightedRandomSampler(torch.from_numpy(weights).double(), samples, generator=generator)
+    sampler = WeightedRandomSampler(weights, samples, generator=generator)
     epoch_ids = validation[:DEBUG_VALIDATION_STEPS * args.batch_size] if args.debug else validation
     final_ids = validation[:DEBUG_IMAGES] if args.debug else validation
     on_gpu = torch.cuda.is_available() and args.device != "cpu"
@@ -138,16 +136,12 @@ def build_training(model, args, total_steps, runtime):
     return Training(model, *build_optimizer(model, args, total_steps), scaler, augmentation, runtime)
 
 
-def combined_loss(logits, class_logits, masks, classes):
-    """Binary cross-entropy + 0.5 Dice over the batch's pixels + 0.3 cross-entropy of the classes.
-
-    logits and masks (B, 1, S, S), class_logits (B, 3) or None, classes (B,).
-    """
+def combined_loss(logits, masks):
+    """Binary cross-entropy + 0.5 Dice over the batch's pixels; logits and masks (B, 1, S, S)."""
     probabilities = logits.sigmoid()
     overlap = 2 * (probabilities * masks).sum() + 1
     dice = 1 - overlap / (probabilities.sum() + masks.sum() + 1)
-    loss = F.binary_cross_entropy_with_logits(logits, masks) + 0.5 * dice
-    return loss if class_logits is None else loss + 0.3 * F.cross_entropy(class_logits, classes)
+    return F.binary_cross_entropy_with_logits(logits, masks) + 0.5 * dice
 
 
 def train_one_epoch(training, loader, log):
@@ -155,10 +149,10 @@ def train_one_epoch(training, loader, log):
     model, optimizer, scheduler, scaler, augmentation, runtime = training
     model.train()
     pending, total = [], 0.0
-    for step, (images, masks, classes) in enumerate(progress(loader, total=len(loader), description="train"), 1):
-        masks, classes = (target.to(runtime.device, non_blocking=True) for target in (masks, classes))
-        images, masks = augmentation(to_network(images, runtime.device), masks.float())
-        loss = combined_loss(*segment(model, images, runtime), masks, classes)
+    for step, (images, masks) in enumerate(progress(loader, total=len(loader), description="train"), 1):
+        masks = masks.to(runtime.device, non_blocking=True).float()
+        images, masks = augmentation(to_network(images, runtime.device), masks)
+        loss = combined_loss(segment(model, images, runtime), masks)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -193,20 +187,20 @@ def evaluate(model, loader, runtime, box_thresholds, gate_thresholds):
     model.eval()
     dataset, indices = loader.dataset.dataset, iter(loader.dataset.indices)
     losses, scores, confidences, truths = [], [], [], []
-    for images, masks, classes in progress(loader, total=len(loader), description="validate"):
-        logits, class_logits = segment(model, to_network(images, runtime.device), runtime)
-        loss = combined_loss(logits, class_logits, masks.to(runtime.device).float(), classes.to(runtime.device)).item()
+    for images, masks in progress(loader, total=len(loader), description="validate"):
+        logits = segment(model, to_network(images, runtime.device), runtime)
+        loss = combined_loss(logits, masks.to(runtime.device).float()).item()
         if not math.isfinite(loss):
             raise InputError(f"the validation loss is {loss} after this epoch: lower --learning-rate; the best files "
                              "so far are kept")
         losses += [loss] * len(images)
-        for mask, opacity in zip(*to_probabilities(logits, class_logits)):
+        for mask in to_probabilities(logits):
             index = next(indices)
             boxes, size = dataset.boxes[index], dataset.original_sizes[index]
-            found = (find_boxes(mask, 1, size, box_threshold=box_threshold, gate_threshold=0)
+            found = (find_boxes(mask, size, box_threshold=box_threshold, gate_threshold=0)
                      for box_threshold in box_thresholds)
             scores.append([average_precision_image(*predicted, boxes) for predicted in found])
-            confidences.append(image_confidence(mask, opacity))
+            confidences.append(image_confidence(mask))
             truths.append(len(boxes) > 0)
     scores, confidences, truths = np.array(scores), np.array(confidences), np.array(truths)
     table, (row, column) = search_thresholds(scores, confidences, truths, gate_thresholds)
@@ -221,10 +215,10 @@ def overlays(model, dataset, indices, runtime, thresholds, batch_size=16):
     """Yields for images of the data set the index and what draw_overlay takes, truth included."""
     model.eval()
     for batch in batched(indices, batch_size):
-        masks, opacities = predict_masks(model, torch.from_numpy(dataset.images[batch])[:, None], runtime)
-        for index, mask, opacity in zip(batch, masks, opacities):
+        masks = predict_masks(model, torch.from_numpy(dataset.images[batch])[:, None], runtime)
+        for index, mask in zip(batch, masks):
             size = dataset.original_sizes[index]
-            found = find_boxes(mask, opacity, size, **thresholds)
+            found = find_boxes(mask, size, **thresholds)
             yield index, (dataset.images[index].copy(), mask, (*found, size), dataset.boxes[index])
 
 

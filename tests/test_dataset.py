@@ -169,16 +169,14 @@ def test_boxes_beyond_the_image_are_clipped():
 def small_dataset(tmp_path, write_dicom):
     files = {f"p{i}": write_dicom(tmp_path / f"p{i}.dcm", GRADIENT.astype(np.uint8) + i) for i in range(5)}
     boxes = {"p1": [[16, 8, 16, 32]]}
-    classes = {key: i for i, key in enumerate(files)}
-    return ds.PneumoniaDataset(files, {key: boxes.get(key, ()) for key in files}, classes,
-                               rescale_factor=16, workers=2)
+    return ds.PneumoniaDataset(files, {key: boxes.get(key, ()) for key in files}, rescale_factor=16, workers=2)
 
 
-def test_dataset_gives_images_masks_and_classes(small_dataset):
+def test_dataset_gives_images_and_masks(small_dataset):
     assert len(small_dataset) == 5 and small_dataset.patient_ids == ["p0", "p1", "p2", "p3", "p4"]
-    images, masks, classes = small_dataset.__getitems__([1, 0])
+    images, masks = small_dataset.__getitems__([1, 0])
     assert images.shape == masks.shape == (2, 1, 64, 64) and images.dtype == masks.dtype == torch.uint8
-    assert classes.tolist() == [1, 0] and parse_boxes(masks[0, 0].numpy(), 0.5)[0].tolist() == [[16, 8, 16, 32]]
+    assert parse_boxes(masks[0, 0].numpy(), 0.5)[0].tolist() == [[16, 8, 16, 32]]
     np.testing.assert_array_equal(images[0, 0], (unit(GRADIENT) * 255 + 0.5).astype(np.uint8))
     assert small_dataset[1][1].sum() == 16 * 32 and not masks[1].any()
 
@@ -186,7 +184,7 @@ def test_dataset_gives_images_masks_and_classes(small_dataset):
 def test_few_unreadable_images_are_dropped_and_many_refused(tmp_path, write_dicom):
     files = {f"p{i}": write_dicom(tmp_path / f"p{i}.dcm", np.eye(8, dtype=np.uint8)) for i in range(20)}
     files["p7"].write_text("no DICOM")
-    options = {"boxes": dict.fromkeys(files, ()), "classes": dict.fromkeys(files, 0), "rescale_factor": 16}
+    options = {"boxes": dict.fromkeys(files, ()), "rescale_factor": 16}
     dataset = ds.PneumoniaDataset(files, **options)
     assert len(dataset) == 19 and "p7" not in dataset.patient_ids
     assert [path for path, _ in dataset.skipped] == [files["p7"]]
@@ -200,7 +198,7 @@ def test_no_room_for_the_cache_is_found_out_at_once(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     with pytest.raises(InputError, match="no room for .* GB .*TMPDIR"):
-        ds.PneumoniaDataset({"a": tmp_path / "a.dcm"}, {"a": ()}, {"a": 0})
+        ds.PneumoniaDataset({"a": tmp_path / "a.dcm"}, {"a": ()})
 
 
 def test_split_is_seeded_stratified_and_independent_of_order():

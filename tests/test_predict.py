@@ -77,7 +77,7 @@ def test_batch_size_does_not_change_the_boxes(tmp_path, checkpoint, write_dicom)
     files = {path.stem: path for path in sorted(tmp_path.glob("*.dcm"))}
     model, _ = predict.load_checkpoint(checkpoint)
     runtime = predict.choose_runtime("cpu", "fp32")
-    one, many = ([mask for *_, mask, _ in predict.predict_files(
+    one, many = ([mask for *_, mask in predict.predict_files(
         model, files, runtime, batch_size=size, rescale_factor=16, workers=2)] for size in (1, 3))
     np.testing.assert_allclose(one, many, atol=1e-5)
 
@@ -86,10 +86,10 @@ def test_boxes_come_back_in_original_pixels():
     mask = np.zeros((64, 64), np.float32)
     mask[16:32, 8:24] = 0.8
     mask[60:61, 60:61] = 0.9  # 16 x 16 original pixels: too small
-    thresholds = {"box_threshold": 0.5, "gate_threshold": 0.3}
-    boxes, confidences = predict.find_boxes(mask, 0.5, (2048, 1024), **thresholds)
-    assert boxes.tolist() == [[128, 512, 256, 512]] and confidences.tolist() == pytest.approx([0.4])
-    assert len(predict.find_boxes(mask, 0.29, (2048, 1024), **thresholds)[0]) == 0
+    thresholds = {"box_threshold": 0.5, "gate_threshold": 0.7}
+    boxes, confidences = predict.find_boxes(mask, (2048, 1024), **thresholds)
+    assert boxes.tolist() == [[128, 512, 256, 512]] and confidences.tolist() == pytest.approx([0.8])
+    assert len(predict.find_boxes(mask * 0.77, (2048, 1024), **thresholds)[0]) == 0
 
 
 def test_overlay_shows_truth_prediction_and_keeps_the_aspect():

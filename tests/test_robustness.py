@@ -90,7 +90,7 @@ def timed(reader, path):
         seconds.append(time.monotonic() - started)
 
 dataset._Reader.read = timed
-predict.predict_masks = lambda model, images, runtime: (numpy.ones((len(images), 64, 64)), numpy.ones(len(images)))
+predict.predict_masks = lambda model, images, runtime: numpy.ones((len(images), 64, 64))
 importlib.import_module(sys.argv[1]).main(sys.argv[2:])
 memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 print(json.dumps([max(seconds), memory]))
