@@ -32,7 +32,7 @@ from metrics import MIN_AREA, parse_boxes, prediction_string
 from model import load_checkpoint
 
 BOX_THRESHOLD = 0.5  # mask probability; used where no search has found a better one
-GATE_THRESHOLD = 0.5  # image_confidence below which there are no boxes, likewise
+GATE_THRESHOLD = 0.8  # image_confidence below which there are no boxes, likewise
 RESCALE_FACTORS = (1, 2, 4, 8, 16)
 LOG_SECONDS = 30  # between progress lines in a job log
 DRAWINGS_WAITING = 64  # more would only fill the memory, and hide a full disk until the end

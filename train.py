@@ -37,7 +37,7 @@ OPTIMIZERS = {  # class, and what our defaults change of its own
     "adamw": (torch.optim.AdamW, {"lr": 5e-4, "weight_decay": 0.01}),
     "adamax": (torch.optim.Adamax, {"lr": 1e-3}),
     "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
-    "adagrad": (torch.optim.Adagrad, {"lr": 0.01, "initial_accumulator_value": 0.1}),
+    "adagrad": (torch.optim.Adagrad, {"lr": 0.05, "initial_accumulator_value": 0.1}),
 }
 VALIDATION_SHARE = 0.1
 POSITIVE_WEIGHT = 2  # how much more often an image with opacities is drawn in training
