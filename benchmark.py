@@ -165,7 +165,7 @@ def time_training(bench):
         train.train_one_epoch(training, clock, lambda losses, learning_rate: None)
         waits.append(clock.waited())
 
-    epoch()  # the first one chooses kernels and touches memory that the workers share
+    epoch()  # the first one chooses kernels and fetches memory
     seconds = bench.measure(epoch, images)
     limit = network_limit(bench, training=True)
     bench.notes.append(f"training: {1 / seconds:.4g} images/s, {limit / seconds:.0%} of the matrix peak, the device "
