@@ -249,8 +249,9 @@ def _extend(descriptor, offset, size):
 class PneumoniaDataset(Dataset):
     """Radiographs with masks, in network pixels; every file is decoded once, when the data set is made.
 
-    files {patient_id: path}, boxes {patient_id: (n, 4)} in original pixels, both with the same keys. The images lie as uint8 in a nameless temporary file that is mapped into memory, so nothing of it is left
-    when the run ends, however it ends. Unreadable files are left out: `skipped` [(path, reason)].
+    files {patient_id: path} and boxes {patient_id: (n, 4)} in original pixels have the same keys. The images lie as
+    uint8 in a nameless temporary file that is mapped into memory, so nothing of it is left when the run ends, however
+    it ends. Unreadable files are left out: `skipped` [(path, reason)].
 
     Raises InputError if more than MAX_UNREADABLE of the files cannot be read or the disk has no room for the cache.
     """

@@ -74,8 +74,8 @@ def limit_memory(more=5 * 2**28):
 
 
 def keep_freed_memory():
-    """Lets glibc keep freed memory for the next batch: what it returns to Linux comes back as pages to be cleared first,
-    a third of a training step on a CPU with bf16 units. Constants: malloc.h and mallopt(3)."""
+    """Lets glibc keep freed memory for the next batch: what it returns to Linux comes back as pages to be cleared, a
+    third of a training step on a CPU with bf16 units. Constants: malloc.h and mallopt(3)."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         m_trim_threshold, m_mmap_max = -1, -4
         libc.mallopt(m_mmap_max, 0)
