@@ -326,8 +326,8 @@ def split_patients(labels, *, validation_share, seed):
 class Augmentation:
     """Another random warp and exposure for every image of a batch, the same geometry for image and mask.
 
-    Calls take images float (B, 1, S, S) in 0..1 and masks float (B, 1, S, S) of 0 and 1 on any device, and return the
-    same. The draws come from the CPU generator given, so they do not depend on the device.
+    Calls take images and masks, float (B, 1, S, S) in 0..1, on any device, and return the same; no value of a mask is
+    new. The draws come from the CPU generator given, so they do not depend on the device.
     """
     rotation = 8 * np.pi / 180  # radians
     scale, shift = 0.12, 0.08  # share of the image

@@ -93,6 +93,25 @@ def test_learning_rate_warms_up_and_decays_to_the_given_share():
     assert rates[-1] == pytest.approx(0.1, rel=0.01)
 
 
+@pytest.mark.parametrize("rescale_factor, reductions", [
+    (4, [4, 4, 4, 4, 2, 2, 1, 1, 1, 1]), (4, [1, 1]), (8, [2, 2, 2, 1]), (16, [1, 1, 1, 1]), (1, [4, 4, 2, 1])])
+def test_training_images_grow_to_the_networks_side(rescale_factor, reductions):
+    args, *_ = train.parse_args(["--rescale-factor", str(rescale_factor), "--epochs", str(len(reductions))])
+    assert [train.training_reduction(epoch, args) for epoch in range(args.epochs)] == reductions
+
+
+def test_training_starts_on_smaller_images_and_scores_on_full_ones(start, monkeypatch):
+    sides = {True: [], False: []}
+
+    def segment(model, images, runtime, segment=train.segment):
+        sides[model.training].append(images.shape[-1])
+        return segment(model, images, runtime)
+    monkeypatch.setattr(train, "segment", segment)
+    start("--rescale-factor", "8", "--epochs", "4", "--no-save-images")
+    steps = len(sides[True]) // 4
+    assert sides[True] == [64] * 3 * steps + [128] * steps and set(sides[False]) == {128}
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
 def test_training_on_the_cpu_does_not_fetch_its_memory_anew_at_every_step():
     args, *_ = train.parse_args(SMALL)
