@@ -42,6 +42,7 @@ OPTIMIZERS = {  # class, and what our defaults change of its own
 VALIDATION_SHARE = 0.1
 POSITIVE_WEIGHT = 2  # how much more often an image with opacities is drawn in training
 WARMUP = 0.1  # share of the steps in which the learning rate rises
+LONG_RUN = 10  # epochs from which training starts on smaller images
 SMALLEST = 64  # side of training images in pixels, at which the network's five halvings leave 2
 DEBUG_EPOCHS, DEBUG_STEPS, DEBUG_VALIDATION_STEPS, DEBUG_IMAGES = 2, 50, 10, 100
 COARSE_THRESHOLDS = BOX_THRESHOLDS[5::6]  # 0.1 to 0.9, for the search after every epoch
@@ -148,11 +149,11 @@ def combined_loss(logits, masks):
 def training_reduction(epoch, args):
     """How many times smaller than the network's the training images of an epoch (from 0) are.
 
-    4 in the first half of the run, 2 in its third quarter and 1 in the last, but never below SMALLEST pixels a side, and
-    always 1 in fewer than 4 epochs: progressive resizing, as in https://arxiv.org/abs/2104.00298. At a quarter of the
-    side a step costs a sixteenth.
+    4 in the first half of the run, 2 in its third quarter and 1 in the last, but never below SMALLEST pixels a side,
+    and always 1 in fewer than LONG_RUN epochs: progressive resizing, https://arxiv.org/abs/2104.00298. At a quarter
+    of the side a step costs a sixteenth, but a network needs some epochs to get used to larger images.
     """
-    quarter = args.epochs // 4
+    quarter = args.epochs // 4 if args.epochs >= LONG_RUN else 0
     reduction = 4 if epoch < 2 * quarter else 2 if epoch < 3 * quarter else 1
     return max(1, min(reduction, IMAGE_SIDE // args.rescale_factor // SMALLEST))
 

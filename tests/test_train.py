@@ -94,7 +94,8 @@ def test_learning_rate_warms_up_and_decays_to_the_given_share():
 
 
 @pytest.mark.parametrize("rescale_factor, reductions", [
-    (4, [4, 4, 4, 4, 2, 2, 1, 1, 1, 1]), (4, [1, 1]), (8, [2, 2, 2, 1]), (16, [1, 1, 1, 1]), (1, [4, 4, 2, 1])])
+    (4, [4, 4, 4, 4, 2, 2, 1, 1, 1, 1]), (4, [1] * 9), (8, [2] * 9 + [1] * 3), (16, [1] * 10),
+    (1, [4] * 6 + [2] * 3 + [1] * 3)])
 def test_training_images_grow_to_the_networks_side(rescale_factor, reductions):
     args, *_ = train.parse_args(["--rescale-factor", str(rescale_factor), "--epochs", str(len(reductions))])
     assert [train.training_reduction(epoch, args) for epoch in range(args.epochs)] == reductions
@@ -107,6 +108,7 @@ def test_training_starts_on_smaller_images_and_scores_on_full_ones(start, monkey
         sides[model.training].append(images.shape[-1])
         return segment(model, images, runtime)
     monkeypatch.setattr(train, "segment", segment)
+    monkeypatch.setattr(train, "LONG_RUN", 4)
     start("--rescale-factor", "8", "--epochs", "4", "--no-save-images")
     steps = len(sides[True]) // 4
     assert sides[True] == [64] * 3 * steps + [128] * steps and set(sides[False]) == {128}
