@@ -149,9 +149,10 @@ def combined_loss(logits, masks):
 def training_reduction(epoch, args):
     """How many times smaller than the network's the training images of an epoch (from 0) are.
 
-    4 in the first half of the run, 2 in its third quarter and 1 in the last, but never below SMALLEST pixels a side,
-    and always 1 in fewer than LONG_RUN epochs: progressive resizing, https://arxiv.org/abs/2104.00298. At a quarter
-    of the side a step costs a sixteenth, but a network needs some epochs to get used to larger images.
+    4 in the first half of the run, 2 in its third quarter and 1 in the last (quarters rounded down), but never below
+    SMALLEST pixels a side, and always 1 in fewer than LONG_RUN epochs: progressive resizing,
+    https://arxiv.org/abs/2104.00298. At a quarter of the side a step costs a sixteenth, but a network needs some epochs
+    to get used to larger images.
     """
     quarter = args.epochs // 4 if args.epochs >= LONG_RUN else 0
     reduction = 4 if epoch < 2 * quarter else 2 if epoch < 3 * quarter else 1
