@@ -169,8 +169,10 @@ def train_one_epoch(training, loader, log, reduction=1):
     pending, total = [], 0.0
     for step, (images, masks) in enumerate(progress(loader, total=len(loader), description="train"), 1):
         masks = masks.to(runtime.device, non_blocking=True).float()
-        pair = to_network(images, runtime.device), masks
-        images, masks = augmentation(*(F.avg_pool2d(values, reduction) for values in pair))
+        images = to_network(images, runtime.device)
+        if reduction > 1:
+            images, masks = F.avg_pool2d(images, reduction), F.avg_pool2d(masks, reduction)
+        images, masks = augmentation(images, masks)
         loss = combined_loss(segment(model, images, runtime), masks)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
