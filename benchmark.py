@@ -32,7 +32,7 @@ import train
 from data_processing import TAGS, find_dicom_files, read_headers
 from dataset import IMAGE_SIDE, Augmentation, PneumoniaDataset, rescale_boxes
 from job import InputError, default_path, require, run
-from metrics import BOX_THRESHOLDS, GATE_THRESHOLDS, gated_average_precisions, search_thresholds
+from metrics import BOX_THRESHOLDS, average_precision_image, search_thresholds
 from model import PneumoniaUNET
 from predict import (BOX_THRESHOLD, RESCALE_FACTORS, Runtime, add_runtime_options, batched, choose_runtime,
                      draw_overlay, find_boxes, number, predict_masks, save_overlay, to_network, write_text)
@@ -201,21 +201,21 @@ def count_operations(side, training):
 
 
 def time_threshold_search(bench):
-    seconds = bench.measure(lambda: search_thresholds(np.array(
-        [[score(case, threshold, GATE_THRESHOLDS) for threshold in BOX_THRESHOLDS] for case in bench.cases])),
-        len(bench.cases))
+    confidences = np.full(len(bench.cases), 0.5)
+    seconds = bench.measure(lambda: search_thresholds(
+        np.array([[score(case, threshold) for threshold in BOX_THRESHOLDS] for case in bench.cases]), confidences,
+        confidences > 0), len(bench.cases))
     return seconds, label_limit(bench, BOX_THRESHOLDS)
 
 
 def time_scoring(bench):
-    seconds = bench.measure(lambda: [score(case, BOX_THRESHOLD, [0]) for case in bench.cases], len(bench.cases))
+    seconds = bench.measure(lambda: [score(case, BOX_THRESHOLD) for case in bench.cases], len(bench.cases))
     return seconds, label_limit(bench, [BOX_THRESHOLD])
 
 
-def score(case, threshold, gate_thresholds):
+def score(case, threshold):
     _, mask, (*_, size), boxes = case
-    found = find_boxes(mask, size, box_threshold=threshold, gate_threshold=0)
-    return gated_average_precisions(*found, boxes, gate_thresholds)
+    return average_precision_image(*find_boxes(mask, size, box_threshold=threshold, gate_threshold=0), boxes)
 
 
 def label_limit(bench, thresholds):

@@ -10,14 +10,14 @@ from scipy import ndimage
 IOU_THRESHOLDS = (0.40, 0.45, 0.50, 0.55, 0.60, 0.65, 0.70, 0.75)
 MIN_AREA = 5000  # original pixels; 99 % of the challenge's boxes are above 9,624
 BOX_THRESHOLDS = np.arange(1, 60) / 60  # mask probabilities that the search tries
-GATE_THRESHOLDS = np.arange(20) / 20  # confidences that the search tries
+GATE_THRESHOLDS = np.arange(20) / 20  # image probabilities that the search tries
 
 
 def parse_boxes(mask, threshold, min_area=0):
     """Boxes around the connected regions (8 neighbours) of a probability mask (H, W) above `threshold`.
 
     Regions of fewer than `min_area` pixels of the mask are left out. Returns boxes (n, 4) in pixels of the mask and
-    confidences (n,), each the highest probability of its region, in descending order of confidence.
+    confidences (n,), each the mean probability of its region, in descending order of confidence.
     """
     above = mask > threshold
     rows, columns = above.any(axis=1).nonzero()[0], above.any(axis=0).nonzero()[0]
@@ -28,8 +28,7 @@ def parse_boxes(mask, threshold, min_area=0):
     labels, count = ndimage.label(above[part], structure=np.ones((3, 3)))
     inside = labels[above[part]]
     areas = np.bincount(inside, minlength=count + 1)[1:]
-    confidences = np.zeros(count)
-    np.maximum.at(confidences, inside - 1, mask[part][above[part]])
+    confidences = np.bincount(inside, weights=mask[part][above[part]], minlength=count + 1)[1:] / areas
     boxes = np.array([[left + x.start, top + y.start, x.stop - x.start, y.stop - y.start]
                       for y, x in ndimage.find_objects(labels)], dtype=float)
     keep = np.flatnonzero(areas >= min_area)
@@ -97,27 +96,29 @@ def roc_auc(scores, labels):
     return float(below.mean() / 2 / negatives.size)
 
 
-def gated_average_precisions(predicted_boxes, confidences, target_boxes, gate_thresholds):
-    """average_precision_image (G,) at each gate threshold: boxes of a lower confidence are left out.
-
-    The predicted boxes come in descending order of confidence, as parse_boxes returns them.
-    """
-    counts = (confidences[:, None] >= gate_thresholds).sum(axis=0).tolist()
-    scores = {count: average_precision_image(predicted_boxes[:count], confidences[:count], target_boxes)
-              for count in set(counts)}
-    return [scores[count] for count in counts]
+def gate_scores(scores, image_scores, has_target, gate):
+    """Average precisions (N, ...) once images with image_scores (N,) below the gate have no boxes: such an image is
+    worth 0 with a target, NaN without one (has_target (N,))."""
+    below = np.where(has_target, 0.0, np.nan)
+    return np.where(np.asarray(image_scores) >= gate, np.transpose(scores), below).T
 
 
-def search_thresholds(scores):
+def search_thresholds(scores, image_scores, has_target, gate_thresholds=GATE_THRESHOLDS):
     """Finds the pair of thresholds with the best mean average precision.
 
-    scores (N, T, G): gated_average_precisions of each image at each of T mask thresholds. Returns the table (T, G) of
-    mean average precisions, and the indices of its best place, taken from the table's 3 x 3 running mean so that no
-    lucky single place wins.
+    scores (N, T): average precision of each image at each of T mask thresholds, were its boxes all kept; image_scores
+    (N,) in 0..1, has_target (N,). Returns the table (T, G) of mean average precision at each mask and gate threshold,
+    and the indices of its best place, taken from the table's 3 x 3 running mean so that no lucky single place wins.
     """
-    table = np.nansum(scores, axis=0) / np.maximum((~np.isnan(scores)).sum(axis=0), 1)
+    table = np.stack([_column_means(gate_scores(scores, image_scores, has_target, gate)) for gate in gate_thresholds],
+                     axis=1)
     smooth = ndimage.uniform_filter(table, 3, mode="nearest")
     return table, np.unravel_index(smooth.argmax(), table.shape)
+
+
+def _column_means(scores):
+    counted = ~np.isnan(scores)
+    return np.nansum(scores, axis=0) / np.maximum(counted.sum(axis=0), 1)
 
 
 def prediction_string(boxes, confidences):

@@ -32,7 +32,7 @@ from metrics import MIN_AREA, parse_boxes, prediction_string
 from model import load_checkpoint
 
 BOX_THRESHOLD = 0.5  # mask probability; used where no search has found a better one
-GATE_THRESHOLD = 0.8  # confidence below which a box is left out, likewise
+GATE_THRESHOLD = 0.8  # image_confidence below which there are no boxes, likewise
 RESCALE_FACTORS = (1, 2, 4, 8, 16)
 LOG_SECONDS = 30  # between progress lines in a job log
 DRAWINGS_WAITING = 64  # more would only fill the memory, and hide a full disk until the end
@@ -108,14 +108,20 @@ def to_network(images, device):
     return images.float().div_(255)
 
 
+def image_confidence(mask):
+    """Confidence in 0..1 that the image has an opacity: the highest probability of its mask (S, S)."""
+    return float(mask.max())
+
+
 def find_boxes(mask, original_size, *, box_threshold, gate_threshold):
     """Boxes (n, 4) in original pixels and confidences (n,) of a mask (S, S) of probabilities.
 
-    Left out are boxes whose confidence is below `gate_threshold` and regions below MIN_AREA original pixels.
+    No boxes if image_confidence is below `gate_threshold`; regions below MIN_AREA original pixels are left out.
     """
+    if image_confidence(mask) < gate_threshold:
+        return np.zeros((0, 4)), np.zeros(0)
     boxes, confidences = parse_boxes(mask, box_threshold, MIN_AREA * mask.size / np.prod(original_size))
-    count = (confidences >= gate_threshold).sum()
-    return rescale_boxes(boxes[:count], mask.shape, original_size), confidences[:count]
+    return rescale_boxes(boxes, mask.shape, original_size), confidences
 
 
 def draw_overlay(image, mask, predicted, truth=None):

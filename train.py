@@ -25,12 +25,12 @@ from torch.utils.tensorboard import SummaryWriter
 from data_processing import BOX_COLUMNS, check_boxes, find_dicom_files, read_table, warn
 from dataset import IMAGE_SIDE, Augmentation, PneumoniaDataset, split_patients
 from job import InputError, atomic_write, default_path, keep_freed_memory, make_folder, require, run
-from metrics import (BOX_THRESHOLDS, GATE_THRESHOLDS, gated_average_precisions, mean_average_precision, roc_auc,
-                     search_thresholds, total_average_precision)
+from metrics import (BOX_THRESHOLDS, GATE_THRESHOLDS, average_precision_image, gate_scores, mean_average_precision,
+                     roc_auc, search_thresholds, total_average_precision)
 from model import PneumoniaUNET, load_checkpoint, save_checkpoint
 from predict import (BOX_THRESHOLD, GATE_THRESHOLD, RESCALE_FACTORS, Runtime, add_runtime_options, batched,
-                     choose_runtime, draw_overlay, find_boxes, number, predict_masks, progress, save_overlays,
-                     segment, to_network, to_probabilities, write_csv, write_text)
+                     choose_runtime, draw_overlay, find_boxes, image_confidence, number, predict_masks, progress,
+                     save_overlays, segment, to_network, to_probabilities, write_csv, write_text)
 
 OPTIMIZERS = {  # class, and what our defaults change of its own
     "adam": (torch.optim.Adam, {"lr": 5e-4}),
@@ -202,8 +202,8 @@ def evaluate(model, loader, runtime, box_thresholds, gate_thresholds):
 
     Returns the scores {"loss", "rsna", "total", "auc"} at the best pair (see search_thresholds), that pair as
     {"box_threshold", "gate_threshold"}, the table of mean average precisions it comes from (T, G), and the images'
-    truths and confidences (N,), from which the AUC is: whether there is an opacity, and the mask's highest
-    probability. Raises InputError if the loss is not finite.
+    truths and confidences (N,), from which the AUC is: whether there is an opacity, and image_confidence. Raises
+    InputError if the loss is not finite.
     """
     model.eval()
     dataset, indices = loader.dataset.dataset, iter(loader.dataset.indices)
@@ -220,15 +220,15 @@ def evaluate(model, loader, runtime, box_thresholds, gate_thresholds):
             boxes, size = dataset.boxes[index], dataset.original_sizes[index]
             found = (find_boxes(mask, size, box_threshold=box_threshold, gate_threshold=0)
                      for box_threshold in box_thresholds)
-            scores.append([gated_average_precisions(*predicted, boxes, gate_thresholds) for predicted in found])
-            confidences.append(float(mask.max()))
+            scores.append([average_precision_image(*predicted, boxes) for predicted in found])
+            confidences.append(image_confidence(mask))
             truths.append(len(boxes) > 0)
     scores, confidences, truths = np.array(scores), np.array(confidences), np.array(truths)
-    table, (row, column) = search_thresholds(scores)
+    table, (row, column) = search_thresholds(scores, confidences, truths, gate_thresholds)
     thresholds = {"box_threshold": float(box_thresholds[row]), "gate_threshold": float(gate_thresholds[column])}
-    chosen = scores[:, row, column]
-    scores = {"loss": float(np.mean(losses)), "rsna": mean_average_precision(chosen),
-              "total": total_average_precision(chosen), "auc": roc_auc(confidences, truths)}
+    gated = gate_scores(scores[:, row], confidences, truths, gate_thresholds[column])
+    scores = {"loss": float(np.mean(losses)), "rsna": mean_average_precision(gated),
+              "total": total_average_precision(gated), "auc": roc_auc(confidences, truths)}
     return scores, thresholds, table, truths, confidences
 
 
@@ -268,7 +268,7 @@ def make_parser():
     add("--rescale-factor", "--rf", type=int, choices=RESCALE_FACTORS, default=4, help="1024 / side of network's image")
     add("--box-threshold", "--bt", type=number(0, 1), default=BOX_THRESHOLD, help="mask probability that makes a box")
     add("--gate-threshold", "--gt", type=number(0, 1), default=GATE_THRESHOLD,
-        help="confidence below which a box is left out")
+        help="image confidence below which an image has no boxes")
     add_runtime_options(parser, batch_size=8)
     return parser
 

@@ -9,7 +9,6 @@ import torch
 
 import train
 from job import InputError
-from metrics import average_precision_image
 from model import PneumoniaUNET, load_checkpoint, save_checkpoint
 from predict import predict_masks
 
@@ -207,7 +206,7 @@ def test_a_network_that_overfits_four_images_finds_their_boxes():
     for i in range(4):
         found = train.find_boxes(predicted[i], (1024, 1024), box_threshold=0.5, gate_threshold=0.5)
         truth = [[320, 16 * (10 + 5 * i), 320, 480]] if i < 3 else []
-        scores.append(average_precision_image(*found, truth))
+        scores.append(train.average_precision_image(*found, truth))
     assert scores[:3] == [1, 1, 1] and math.isnan(scores[3])
 
 
@@ -229,7 +228,7 @@ def test_scores_of_one_pass_are_those_of_the_boxes_that_are_drawn(phantoms, trai
         dataset.boxes[index] = boxes  # every second image agrees with the model at these thresholds
     scores, thresholds, table, truths, confidences = train.evaluate(
         model, loader, runtime, np.arange(1, 20) / 20, np.arange(20) / 20)
-    drawn = [average_precision_image(*found[:2], truth)
+    drawn = [train.average_precision_image(*found[:2], truth)
              for _, (_, _, found, truth) in train.overlays(model, dataset, indices, runtime, thresholds)]
     assert 0.1 < np.nanmean(drawn) < 1 and np.isnan(drawn).any()
     assert scores["rsna"] == pytest.approx(np.nanmean(drawn))
