@@ -33,6 +33,8 @@ from model import load_checkpoint
 
 BOX_THRESHOLD = 0.5  # mask probability; used where no search has found a better one
 GATE_THRESHOLD = 0.8  # image_confidence below which there are no boxes, likewise
+SIZE_WEIGHT = 0.8  # of a region's own sides in their geometric mean with TYPICAL_SIDES
+TYPICAL_SIDES = (217 / 1024, 298 / 1024)  # median width and height of the challenge's boxes, in shares of the image
 RESCALE_FACTORS = (1, 2, 4, 8, 16)
 LOG_SECONDS = 30  # between progress lines in a job log
 DRAWINGS_WAITING = 64  # more would only fill the memory, and hide a full disk until the end
@@ -113,15 +115,29 @@ def image_confidence(mask):
     return float(mask.max())
 
 
-def find_boxes(mask, original_size, *, box_threshold, gate_threshold):
+def find_boxes(mask, original_size, *, box_threshold, gate_threshold, size_weight=SIZE_WEIGHT):
     """Boxes (n, 4) in original pixels and confidences (n,) of a mask (S, S) of probabilities.
 
     No boxes if image_confidence is below `gate_threshold`; regions below MIN_AREA original pixels are left out.
+    `size_weight` is that of regress_sides.
     """
     if image_confidence(mask) < gate_threshold:
         return np.zeros((0, 4)), np.zeros(0)
     boxes, confidences = parse_boxes(mask, box_threshold, MIN_AREA * mask.size / np.prod(original_size))
-    return rescale_boxes(boxes, mask.shape, original_size), confidences
+    return regress_sides(rescale_boxes(boxes, mask.shape, original_size), original_size, size_weight), confidences
+
+
+def regress_sides(boxes, original_size, weight):
+    """Boxes (n, 4) of an image (height, width), their sides drawn towards TYPICAL_SIDES, cut off at the image.
+
+    Each side becomes side**weight * typical**(1 - weight) about its centre, because boxes that come out small are mostly
+    too small, and large ones too large (regression to the mean). A weight of 1 leaves them as they are.
+    """
+    size = np.array(original_size[::-1])
+    grown = boxes[:, 2:] ** weight * (size * TYPICAL_SIDES) ** (1 - weight) - boxes[:, 2:]
+    low = np.clip(boxes[:, :2] - grown / 2, 0, size)
+    high = np.clip(boxes[:, :2] + boxes[:, 2:] + grown / 2, 0, size)
+    return np.hstack([low, high - low])
 
 
 def draw_overlay(image, mask, predicted, truth=None):
@@ -276,7 +292,8 @@ def main(argv=None):
     pictures = make_folder(output / "images", flag="--output", variable="TRAINML_OUTPUT_PATH")
     best = checkpoint.get("best_threshold")  # None where an earlier search found nothing
     thresholds = {"box_threshold": BOX_THRESHOLD if best is None else float(best),
-                  "gate_threshold": float(checkpoint.get("gate_threshold") or 0)}
+                  "gate_threshold": float(checkpoint.get("gate_threshold") or 0),
+                  "size_weight": float(checkpoint.get("size_weight", 1))}  # earlier files have none
     files, skipped = find_dicom_files(folder)
     print(f"{len(files)} files in {folder}; {runtime.device.type}, {runtime.dtype}; {thresholds}")
 

@@ -28,7 +28,7 @@ from job import InputError, atomic_write, default_path, keep_freed_memory, make_
 from metrics import (BOX_THRESHOLDS, GATE_THRESHOLDS, average_precision_image, gate_scores, mean_average_precision,
                      roc_auc, search_thresholds, total_average_precision)
 from model import PneumoniaUNET, load_checkpoint, save_checkpoint
-from predict import (BOX_THRESHOLD, GATE_THRESHOLD, RESCALE_FACTORS, Runtime, add_runtime_options, batched,
+from predict import (BOX_THRESHOLD, GATE_THRESHOLD, RESCALE_FACTORS, SIZE_WEIGHT, Runtime, add_runtime_options, batched,
                      choose_runtime, draw_overlay, find_boxes, image_confidence, number, predict_masks, progress,
                      save_overlays, segment, to_network, to_probabilities, write_csv, write_text)
 
@@ -370,7 +370,7 @@ def save_epoch(training, history, args):
     best = {"loss.best": min(history, key=lambda scores: scores["loss"]),
             "prec.best": max(reversed(history), key=lambda scores: scores["rsna"])}
     common = {"rescale_factor": args.rescale_factor, "best_threshold": args.box_threshold,
-              "gate_threshold": args.gate_threshold, "args": arguments, "history": history}
+              "gate_threshold": args.gate_threshold, "size_weight": SIZE_WEIGHT, "args": arguments, "history": history}
     for name, scores in best.items():
         path = args.save / f"{name}.pth.tar"
         if scores is history[-1] or not path.exists():
@@ -408,7 +408,8 @@ def finish(loader, runtime, args, writer):
         save_overlays((folder / f"{dataset.patient_ids[index]}.png", overlay) for index, overlay in pictures)
     figures = {"rsna_mean_average_precision": scores["rsna"], "total_average_precision": scores["total"],
                "image_roc_auc": scores["auc"], "validation_loss": scores["loss"],
-               "best_threshold": thresholds["box_threshold"], "gate_threshold": thresholds["gate_threshold"]}
+               "best_threshold": thresholds["box_threshold"], "gate_threshold": thresholds["gate_threshold"],
+               "size_weight": SIZE_WEIGHT}
     state = {key: value for key, value in state.items() if key not in ("state_dict", "config")}
     save_checkpoint(args.save / "final.pth.tar", model, **state | figures)
     log_comparison(writer, args, figures)

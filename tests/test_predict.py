@@ -86,10 +86,35 @@ def test_boxes_come_back_in_original_pixels():
     mask = np.zeros((64, 64), np.float32)
     mask[16:32, 8:24] = 0.8
     mask[60:61, 60:61] = 0.9  # 16 x 16 original pixels: too small
-    thresholds = {"box_threshold": 0.5, "gate_threshold": 0.7}
+    thresholds = {"box_threshold": 0.5, "gate_threshold": 0.7, "size_weight": 1}
     boxes, confidences = predict.find_boxes(mask, (2048, 1024), **thresholds)
     assert boxes.tolist() == [[128, 512, 256, 512]] and confidences.tolist() == pytest.approx([0.8])
     assert len(predict.find_boxes(mask * 0.77, (2048, 1024), **thresholds)[0]) == 0
+
+
+def test_sides_go_towards_the_typical_ones_within_the_image():
+    typical_width, typical_height = 2000 * predict.TYPICAL_SIDES[0], 1000 * predict.TYPICAL_SIDES[1]
+    boxes = np.array([[500, 300, typical_width, typical_height], [900, 100, typical_width / 32, typical_height * 3],
+                      [0, 0, 20, 900], [1980, 990, 20, 10]])
+    same, pulled, *edges = predict.regress_sides(boxes, (1000, 2000), 0.8)
+    np.testing.assert_allclose(same, boxes[0])
+    np.testing.assert_allclose(pulled[2], typical_width / 16)  # 32 ** 0.8 = 16
+    np.testing.assert_allclose(pulled[0] + pulled[2] / 2, 900 + typical_width / 64)
+    np.testing.assert_allclose(pulled[3], 3 ** 0.8 * typical_height)
+    np.testing.assert_allclose(pulled[1] + pulled[3] / 2, 100 + 1.5 * typical_height)
+    assert edges[0][0] == 0 and edges[0][2] > 20 and edges[0][3] < 900
+    assert edges[1][0] < 1980 and edges[1][0] + edges[1][2] == 2000 and edges[1][1] + edges[1][3] == 1000
+    np.testing.assert_allclose(predict.regress_sides(boxes[:3], (1000, 2000), 1), boxes[:3])
+    assert predict.regress_sides(np.zeros((0, 4)), (1000, 2000), 0.8).shape == (0, 4)
+
+
+@pytest.mark.parametrize("stored, used", [({}, 1.0), ({"size_weight": 0.8}, 0.8)])
+def test_files_of_earlier_versions_keep_their_boxes(tmp_path, write_dicom, capsys, stored, used):
+    save_checkpoint(tmp_path / "final.pth.tar", PneumoniaUNET(), rescale_factor=16, **stored)
+    (tmp_path / "data").mkdir()
+    write_dicom(tmp_path / "data" / "a.dcm", np.eye(32, dtype=np.uint8))
+    assert run(tmp_path / "data", tmp_path / "final.pth.tar", tmp_path / "output", "--no-save-images") == 0
+    assert f"'size_weight': {used}" in capsys.readouterr().out
 
 
 def test_overlay_shows_truth_prediction_and_keeps_the_aspect():
