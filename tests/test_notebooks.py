@@ -10,6 +10,7 @@ import pytest
 from nbclient import NotebookClient
 
 from conftest import ROOT
+from model import load_checkpoint
 
 NAMES = ("eda-adapted.ipynb", "pytorch-pneumonia-detection.ipynb")
 MAX_BYTES, MAX_LINES, MAX_HELPER_LINES = 1_500_000, 150, 10
@@ -48,7 +49,8 @@ def test_run_top_to_bottom(phantoms, tmp_path, monkeypatch):
         NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
         assert_complete(notebook)
         assert (tmp_path / "train.csv").exists()
-    assert (tmp_path / "output" / "notebook" / "final.pth.tar").exists()
+    _, state = load_checkpoint(tmp_path / "output" / "notebook" / "final.pth.tar")
+    assert state.keys() >= {"best_threshold", "gate_threshold", "size_weight", "rescale_factor"}
     shutil.rmtree(tmp_path / "output")  # 600 MB
 
 
