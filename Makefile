@@ -6,7 +6,7 @@ PYTHON ?= python3
 demo: .venv/installed
 	.venv/bin/python sample_data.py
 	.venv/bin/python data_processing.py
-	.venv/bin/python train.py --optimizer adamw --epochs 6 --rescale-factor 16 --train-threshold
+	.venv/bin/python train.py --optimizer adamw --epochs 6 --train-threshold
 	.venv/bin/python predict.py --data data/stage_2_test_images --model output/final.pth.tar
 
 test: .venv/tests-installed

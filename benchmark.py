@@ -188,13 +188,14 @@ def network_limit(bench, *, training):
     first, second = torch.randn(2, PRODUCTS, side, side, device=device, dtype=dtype)
     rate = 2 * side**3 / bench.measure(lambda: first @ second, PRODUCTS)
     bench.notes.append(f"matrix peak in {'training' if training else 'inference'}: {rate / 1e12:.3g} TFLOP/s")
-    return count_operations(bench.dataset.side, training) / rate
+    return count_operations(bench.options, training) / rate
 
 
-def count_operations(side, training):
+def count_operations(options, training):
     """Floating point operations per image, forward or forward and backward; nothing is computed."""
+    side = IMAGE_SIDE // options.rescale_factor
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        logits = PneumoniaUNET()(torch.zeros(1, 1, side, side))
+        logits = train.build_model(options)(torch.zeros(1, 1, side, side))
         if training:
             logits.sum().backward()
     return counter.get_total_flops()
@@ -287,7 +288,7 @@ def build_bench(paths, runtime, pool, args):
     vars(options).update({key: getattr(args, key) for key in ("batch_size", "rescale_factor", "workers", "device")})
     return Bench(paths=paths, dataset=dataset, cases=list(islice(cycle(drawn), len(dataset))),
                  indices=list(islice(cycle(range(len(dataset))), batches * args.batch_size)),
-                 model=PneumoniaUNET().to(runtime.device, memory_format=torch.channels_last),
+                 model=train.build_model(options).to(runtime.device, memory_format=torch.channels_last),
                  runtime=runtime, pool=pool, options=options, repeats=args.repeats, notes=[])
 
 

@@ -7,6 +7,8 @@ from torch import nn
 
 from job import InputError, atomic_write
 
+GRID = 64  # squares a side in which our networks see an image, whatever its pixels
+SMALLEST_GRID = 32  # at which the five halvings leave 1
 PRIOR_LOGIT = -3.0  # sigmoid(-3) = 0.047: about the share of opacity pixels when positives are drawn more often
 
 
@@ -38,22 +40,25 @@ class UpBlock(nn.Module):
 
 
 class PneumoniaUNET(nn.Module):
-    """U-Net of five levels.
+    """U-Net of five levels on squares of `patch_size` x `patch_size` pixels.
 
+    The pixels of a square are the channels of the first convolution, and the logits of the squares are interpolated to
+    pixels: opacities are large, so this is as good as a U-Net on pixels, and takes 1 / patch_size**2 of its time.
     `alpha_leaky` is the negative slope of every LeakyReLU; `bn_momentum` and `bn_eps` follow PyTorch's convention.
     `earlier` builds the network of the earlier implementation, whose last block ends in BatchNorm and LeakyReLU.
     """
 
-    def __init__(self, *, alpha_leaky=0.03, bn_eps=1e-5, bn_momentum=0.1, earlier=False):
+    def __init__(self, *, patch_size=1, alpha_leaky=0.03, bn_eps=1e-5, bn_momentum=0.1, earlier=False):
         super().__init__()
-        self.config = {"alpha_leaky": alpha_leaky, "bn_eps": bn_eps, "bn_momentum": bn_momentum, "earlier": earlier}
         options = {"alpha_leaky": alpha_leaky, "bn_eps": bn_eps, "bn_momentum": bn_momentum}
+        self.config = {"patch_size": patch_size, "earlier": earlier, **options}
+        self.patch_size = patch_size
 
         def conv2(in_channels, mid_channels, out_channels, plain=False):
             return nn.Sequential(ConvBlock(in_channels, mid_channels, **options),
                                  ConvBlock(mid_channels, out_channels, plain=plain, **options))
 
-        self.down_1 = conv2(1, 64, 64)
+        self.down_1 = conv2(patch_size**2, 64, 64)
         self.down_2 = conv2(64, 128, 128)
         self.down_3 = conv2(128, 256, 256)
         self.down_4 = conv2(256, 512, 512)
@@ -81,8 +86,9 @@ class PneumoniaUNET(nn.Module):
         nn.init.constant_(self.up_1[1].conv.bias, PRIOR_LOGIT)
 
     def forward(self, images):
-        """images (B, 1, H, W) in 0..1 -> mask logits (B, 1, H, W)."""
-        down_1 = self.down_1(images)                      # (B, 64, H, W)
+        """images (B, 1, P * H, P * W) in 0..1 -> mask logits of the same shape, P the patch size."""
+        x = F.pixel_unshuffle(images, self.patch_size)    # (B, P * P, H, W)
+        down_1 = self.down_1(x)                           # (B, 64, H, W)
         down_2 = self.down_2(F.max_pool2d(down_1, 2))     # (B, 128, H/2, W/2)
         down_3 = self.down_3(F.max_pool2d(down_2, 2))     # (B, 256, H/4, W/4)
         down_4 = self.down_4(F.max_pool2d(down_3, 2))     # (B, 512, H/8, W/8)
@@ -92,7 +98,8 @@ class PneumoniaUNET(nn.Module):
         x = self.up_4(self.up_5_t(x, down_4))             # (B, 512, H/8, W/8)
         x = self.up_3(self.up_4_t(x, down_3))             # (B, 256, H/4, W/4)
         x = self.up_2(self.up_3_t(x, down_2))             # (B, 128, H/2, W/2)
-        return self.up_1(self.up_2_t(x, down_1))          # (B, 1, H, W)
+        logits = self.up_1(self.up_2_t(x, down_1))        # (B, 1, H, W)
+        return F.interpolate(logits, images.shape[-2:], mode="bilinear")
 
 
 def save_checkpoint(path, model, **state):

@@ -26,10 +26,10 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from data_processing import find_dicom_files, warn
-from dataset import read_images, rescale_boxes
+from dataset import IMAGE_SIDE, read_images, rescale_boxes
 from job import InputError, atomic_write, default_path, make_folder, require, run
 from metrics import MIN_AREA, parse_boxes, prediction_string
-from model import load_checkpoint
+from model import SMALLEST_GRID, load_checkpoint
 
 BOX_THRESHOLD = 0.5  # mask probability; used where no search has found a better one
 GATE_THRESHOLD = 0.8  # image_confidence below which there are no boxes, likewise
@@ -108,6 +108,14 @@ def to_network(images, device):
     """uint8 (B, 1, S, S) in 0..255 -> float32 in 0..1 on the device, channels last."""
     images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
     return images.float().div_(255)
+
+
+def check_side(model, rescale_factor):
+    """Raises InputError if the images would have fewer squares a side than the model's halvings need."""
+    side, smallest = IMAGE_SIDE // rescale_factor, SMALLEST_GRID * model.patch_size
+    if side < smallest:
+        raise InputError(f"--rescale-factor {rescale_factor} makes images of {side} pixels a side, the checkpoint's "
+                         f"network takes {smallest} and more: give {IMAGE_SIDE // smallest} or less")
 
 
 def image_confidence(mask):
@@ -288,6 +296,8 @@ def main(argv=None):
     folder = require(args.data, flag="--data", variable="TRAINML_DATA_PATH")
     model, checkpoint = load_checkpoint(
         require(args.model, flag="--model", variable="TRAINML_MODEL_PATH"), runtime.device)
+    rescale_factor = args.rescale_factor or checkpoint.get("rescale_factor") or 4
+    check_side(model, rescale_factor)
     output = make_folder(args.output, flag="--output", variable="TRAINML_OUTPUT_PATH")
     pictures = make_folder(output / "images", flag="--output", variable="TRAINML_OUTPUT_PATH")
     best = checkpoint.get("best_threshold")  # None where an earlier search found nothing
@@ -298,7 +308,7 @@ def main(argv=None):
     print(f"{len(files)} files in {folder}; {runtime.device.type}, {runtime.dtype}; {thresholds}")
 
     results = predict_files(model, files, runtime, batch_size=args.batch_size, workers=args.workers,
-                            rescale_factor=args.rescale_factor or checkpoint.get("rescale_factor") or 4)
+                            rescale_factor=rescale_factor)
     annotations, notes = {}, []
 
     def annotate():

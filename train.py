@@ -25,12 +25,12 @@ from torch.utils.tensorboard import SummaryWriter
 from data_processing import BOX_COLUMNS, check_boxes, find_dicom_files, read_table, warn
 from dataset import IMAGE_SIDE, Augmentation, PneumoniaDataset, split_patients
 from job import InputError, atomic_write, default_path, keep_freed_memory, make_folder, require, run
-from metrics import (BOX_THRESHOLDS, GATE_THRESHOLDS, average_precision_image, gate_scores, mean_average_precision,
-                     roc_auc, search_thresholds, total_average_precision)
-from model import PneumoniaUNET, load_checkpoint, save_checkpoint
+from metrics import (BOX_THRESHOLDS, GATE_THRESHOLDS, average_precision_image, cross_validated_precision, gate_scores,
+                     mean_average_precision, roc_auc, search_thresholds, total_average_precision)
+from model import GRID, PneumoniaUNET, load_checkpoint, save_checkpoint
 from predict import (BOX_THRESHOLD, GATE_THRESHOLD, RESCALE_FACTORS, SIZE_WEIGHT, Runtime, add_runtime_options, batched,
-                     choose_runtime, draw_overlay, find_boxes, image_confidence, number, predict_masks, progress,
-                     save_overlays, segment, to_network, to_probabilities, write_csv, write_text)
+                     check_side, choose_runtime, draw_overlay, find_boxes, image_confidence, number, predict_masks,
+                     progress, save_overlays, segment, to_network, to_probabilities, write_csv, write_text)
 
 OPTIMIZERS = {  # class, and what our defaults change of its own
     "adam": (torch.optim.Adam, {"lr": 5e-4}),
@@ -42,8 +42,6 @@ OPTIMIZERS = {  # class, and what our defaults change of its own
 VALIDATION_SHARE = 0.1
 POSITIVE_WEIGHT = 2  # how much more often an image with opacities is drawn in training
 WARMUP = 0.1  # share of the steps in which the learning rate rises
-LONG_RUN = 10  # epochs from which training starts on smaller images
-SMALLEST = 64  # side of training images in pixels, at which the network's five halvings leave 2
 DEBUG_EPOCHS, DEBUG_STEPS, DEBUG_VALIDATION_STEPS, DEBUG_IMAGES = 2, 50, 10, 100
 COARSE_THRESHOLDS = BOX_THRESHOLDS[5::6]  # 0.1 to 0.9, for the search after every epoch
 SHOWN = 4  # validation images drawn for TensorBoard after every epoch
@@ -113,6 +111,12 @@ def build_loaders(dataset, training, validation, args):
     return train_loader, val_loader, final_loader, generator
 
 
+def build_model(args):
+    """The network for the images of --rescale-factor, seen in at most GRID x GRID squares."""
+    return PneumoniaUNET(patch_size=max(1, IMAGE_SIDE // args.rescale_factor // GRID), alpha_leaky=args.alpha_leaky,
+                         bn_eps=args.bn_eps, bn_momentum=args.bn_momentum)
+
+
 def build_optimizer(model, args, total_steps):
     """The optimizer, and its schedule: linear warm-up, then a cosine down to the share --learning-rate-decay."""
     kind, options = OPTIMIZERS[args.optimizer]
@@ -146,33 +150,14 @@ def combined_loss(logits, masks):
     return F.binary_cross_entropy_with_logits(logits, masks) + 0.5 * dice
 
 
-def training_reduction(epoch, args):
-    """How many times smaller than the network's the training images of an epoch (from 0) are.
-
-    4 in the first half of the run, 2 in its third quarter and 1 in the last (quarters rounded down), but never below
-    SMALLEST pixels a side, and always 1 in fewer than LONG_RUN epochs: progressive resizing,
-    https://arxiv.org/abs/2104.00298. At a quarter of the side a step costs a sixteenth, but a network needs some epochs
-    to get used to larger images.
-    """
-    quarter = args.epochs // 4 if args.epochs >= LONG_RUN else 0
-    reduction = 4 if epoch < 2 * quarter else 2 if epoch < 3 * quarter else 1
-    return max(1, min(reduction, IMAGE_SIDE // args.rescale_factor // SMALLEST))
-
-
-def train_one_epoch(training, loader, log, reduction=1):
-    """One pass over the loader, its images and masks averaged over squares of `reduction` pixels.
-
-    Calls log(losses, learning_rate) every CHECK_STEPS steps. Returns the mean loss.
-    """
+def train_one_epoch(training, loader, log):
+    """One pass over the loader; calls log(losses, learning_rate) every CHECK_STEPS steps. Returns the mean loss."""
     model, optimizer, scheduler, scaler, augmentation, runtime = training
     model.train()
     pending, total = [], 0.0
     for step, (images, masks) in enumerate(progress(loader, total=len(loader), description="train"), 1):
         masks = masks.to(runtime.device, non_blocking=True).float()
-        images = to_network(images, runtime.device)
-        if reduction > 1:
-            images, masks = F.avg_pool2d(images, reduction), F.avg_pool2d(masks, reduction)
-        images, masks = augmentation(images, masks)
+        images, masks = augmentation(to_network(images, runtime.device), masks)
         loss = combined_loss(segment(model, images, runtime), masks)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -200,10 +185,10 @@ def check_losses(losses, last_step, epoch, scheduler):
 def evaluate(model, loader, runtime, box_thresholds, gate_thresholds):
     """Predicts the loader's images once and scores them at every pair of thresholds, boxes found as in predict.py.
 
-    Returns the scores {"loss", "rsna", "total", "auc"} at the best pair (see search_thresholds), that pair as
-    {"box_threshold", "gate_threshold"}, the table of mean average precisions it comes from (T, G), and the images'
-    truths and confidences (N,), from which the AUC is: whether there is an opacity, and image_confidence. Raises
-    InputError if the loss is not finite.
+    Returns the scores {"loss", "rsna", "unseen", "total", "auc"} at the best pair (see search_thresholds; "unseen" is
+    cross_validated_precision), that pair as {"box_threshold", "gate_threshold"}, the table of mean average precisions
+    it comes from (T, G), and the images' truths and confidences (N,), from which the AUC is: whether there is an
+    opacity, and image_confidence. Raises InputError if the loss is not finite.
     """
     model.eval()
     dataset, indices = loader.dataset.dataset, iter(loader.dataset.indices)
@@ -228,6 +213,7 @@ def evaluate(model, loader, runtime, box_thresholds, gate_thresholds):
     thresholds = {"box_threshold": float(box_thresholds[row]), "gate_threshold": float(gate_thresholds[column])}
     gated = gate_scores(scores[:, row], confidences, truths, gate_thresholds[column])
     scores = {"loss": float(np.mean(losses)), "rsna": mean_average_precision(gated),
+              "unseen": cross_validated_precision(scores, confidences, truths, gate_thresholds),
               "total": total_average_precision(gated), "auc": roc_auc(confidences, truths)}
     return scores, thresholds, table, truths, confidences
 
@@ -297,6 +283,7 @@ def parse_args(argv=None):
         for key, value in model.config.items():
             _refuse_if(getattr(args, key, value) != value, f"the checkpoint's network has {key} {value}: give "
                        f"--{key.replace('_', '-')} {value}")
+        check_side(model, args.rescale_factor)
     _refuse_if(args.momentum is not None and args.optimizer != "sgd", "--momentum acts on --optimizer sgd alone")
     _refuse_if(args.eps is not None and args.optimizer == "sgd", "--eps has no part in --optimizer sgd")
     if args.debug:
@@ -331,7 +318,7 @@ def fit(training, loaders, generators, history, args, writer):
         for generator in generators:
             generator.manual_seed(args.seed * 1_000_003 + epoch)
         started = time.monotonic()
-        train_loss = train_one_epoch(training, train_loader, log, training_reduction(epoch, args))
+        train_loss = train_one_epoch(training, train_loader, log)
         speed = len(train_loader.sampler) / (time.monotonic() - started)
         scores = validate(training, val_loader, args, writer, epoch)
         writer.add_scalar("speed/images_per_second", speed, epoch)
@@ -410,6 +397,8 @@ def finish(loader, runtime, args, writer):
                "image_roc_auc": scores["auc"], "validation_loss": scores["loss"],
                "best_threshold": thresholds["box_threshold"], "gate_threshold": thresholds["gate_threshold"],
                "size_weight": SIZE_WEIGHT}
+    if args.train_threshold:
+        figures["rsna_at_thresholds_of_other_images"] = scores["unseen"]
     state = {key: value for key, value in state.items() if key not in ("state_dict", "config")}
     save_checkpoint(args.save / "final.pth.tar", model, **state | figures)
     log_comparison(writer, args, figures)
@@ -435,7 +424,7 @@ def main(argv=None):
     print(*(f"{key}={value}" for key, value in vars(args).items()), f"on {runtime.device.type} in {runtime.dtype}")
     torch.manual_seed(args.seed)
     if model is None:
-        model = PneumoniaUNET(alpha_leaky=args.alpha_leaky, bn_eps=args.bn_eps, bn_momentum=args.bn_momentum)
+        model = build_model(args)
     check_disk(args.save, model)
 
     dataset, *parts = load_data(args)
@@ -465,6 +454,8 @@ def main(argv=None):
         "skipped_images": len(dataset.skipped), "arguments": plain_args(args), "versions": versions(),
         "seconds": {"prepare": prepared - started, "train": trained - prepared, "score": time.monotonic() - trained}},
         indent=1))
+    if args.train_threshold:
+        print(f"RSNA mAP at thresholds of other images: {figures['rsna_at_thresholds_of_other_images']:.4f}")
     print(f"Image ROC AUC: {figures['image_roc_auc']:.4f}")
     print(f"RSNA Mean Average Precision: {figures['rsna_mean_average_precision']:.4f}")
     print(f"Total Average Precision: {figures['total_average_precision']:.4f}")

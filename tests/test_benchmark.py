@@ -46,9 +46,12 @@ def test_wait_for_data_is_part_of_the_epoch(data, capsys):
 def test_operations_of_the_network():
     products = 615168 * 64**2  # by hand: 615,168 a pixel in the convolutions
     first_layer = 2 * 9 * 64 * 64**2  # its input needs no gradient, all others cost the same three times
-    forward = benchmark.count_operations(64, training=False)
+    options = benchmark.train.make_parser().parse_args(["--rescale-factor", "16"])
+    forward = benchmark.count_operations(options, training=False)
     assert forward == 2 * products
-    assert benchmark.count_operations(64, training=True) == pytest.approx(3 * forward - first_layer)
+    assert benchmark.count_operations(options, training=True) == pytest.approx(3 * forward - first_layer)
+    options.rescale_factor = 4  # 16 pixels in each of as many squares
+    assert benchmark.count_operations(options, training=False) == forward + 15 * first_layer
 
 
 def test_missing_and_unusable_data(tmp_path):

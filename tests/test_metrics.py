@@ -125,3 +125,16 @@ def test_threshold_search_finds_the_best_pair():
     assert table[row, column] == pytest.approx(0.6)
     assert table[30, 0] == pytest.approx(0.3)  # without a gate every negative counts 0
     assert table[30, -1] == 0
+
+
+def test_cross_validation_keeps_what_holds_for_all_images_and_loses_luck():
+    rng = np.random.default_rng(0)
+    has_target = np.array([True] * 20 + [False] * 20)
+    image_scores = np.where(has_target, 0.8, 0.42)
+    scores = np.zeros((40, 60))
+    scores[:20, 28:33] = 0.6
+    assert metrics.cross_validated_precision(scores, image_scores, has_target) == pytest.approx(0.6)
+    scores[:20] = rng.random((20, 60)) < 0.2  # every threshold is worth 0.2
+    table, place = metrics.search_thresholds(scores, image_scores, has_target)
+    promised = metrics.cross_validated_precision(scores, image_scores, has_target)
+    assert promised == pytest.approx(0.2, abs=0.03) and promised < table[place]

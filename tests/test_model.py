@@ -81,13 +81,39 @@ def test_names_and_shapes_are_the_earlier_ones_but_for_the_last_block():
 
 def test_checkpoint_rebuilds_the_model_without_any_flag(tmp_path):
     torch.manual_seed(0)
-    model = PneumoniaUNET(alpha_leaky=0.2, bn_eps=1e-3, bn_momentum=0.3).eval()
+    model = PneumoniaUNET(patch_size=2, alpha_leaky=0.2, bn_eps=1e-3, bn_momentum=0.3).eval()
     save_checkpoint(tmp_path / "a.pth.tar", model, best_threshold=0.4)
     again, checkpoint = load_checkpoint(tmp_path / "a.pth.tar")
     images = torch.rand(1, 1, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(again(images), model(images))
     assert again.config == model.config and checkpoint["best_threshold"] == 0.4
+
+
+def test_a_network_of_a_checkpoint_before_patches_works_on_pixels(tmp_path):
+    torch.manual_seed(0)
+    model = PneumoniaUNET(alpha_leaky=0.2).eval()
+    del model.config["patch_size"]
+    save_checkpoint(tmp_path / "a.pth.tar", model)
+    again, _ = load_checkpoint(tmp_path / "a.pth.tar")
+    images = torch.rand(1, 1, 64, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(again(images), model(images))
+    assert again.patch_size == 1
+
+
+def test_the_squares_of_an_image_are_where_the_logits_are():
+    """An averaging first convolution makes it the network of the averaged image, its logits interpolated."""
+    torch.manual_seed(0)
+    plain, patched = PneumoniaUNET().eval(), PneumoniaUNET(patch_size=4).eval()
+    weights = plain.state_dict()
+    weights["down_1.0.conv.weight"] = weights["down_1.0.conv.weight"].repeat(1, 16, 1, 1) / 16
+    patched.load_state_dict(weights)
+    images = torch.rand(2, 1, 256, 128)
+    with torch.no_grad():
+        small = plain(F.avg_pool2d(images, 4))
+        expected = F.interpolate(small, (256, 128), mode="bilinear")
+        torch.testing.assert_close(patched(images), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_untrained_network_expects_few_opacity_pixels():
