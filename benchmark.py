@@ -344,7 +344,7 @@ def make_parser():
     add("--repeats", type=number(1, math.inf, int), default=3, help="of each measurement; the median counts")
     add("--json", help="file for the figures")
     add("--rescale-factor", "--rf", type=int, choices=RESCALE_FACTORS, default=4, help="1024 / side of network's image")
-    add_runtime_options(parser, batch_size=16 if torch.cuda.is_available() else 4)
+    add_runtime_options(parser, batch_size=16 if torch.cuda.is_available() else 8)
     return parser
 
 
