@@ -29,8 +29,9 @@ from scipy import ndimage
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from data_processing import TAGS, find_dicom_files, read_headers
-from dataset import IMAGE_SIDE, Augmentation, PneumoniaDataset, rescale_boxes
+from data_processing import read_headers
+from dataset import Augmentation, PneumoniaDataset, rescale_boxes
+from dicom import IMAGE_SIDE, TAGS, find_dicom_files
 from job import InputError, default_path, require, run
 from metrics import BOX_THRESHOLDS, average_precision_image, search_thresholds
 from model import PneumoniaUNET

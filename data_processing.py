@@ -8,66 +8,21 @@ import argparse
 import multiprocessing
 import os
 import re
-import stat
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pandas as pd
-from pydicom import config, dcmread
 
-from job import InputError, atomic_write, default_path, limit_memory, make_folder, reason_of, require, run
+from dicom import find_dicom_files, limit_memory, read_header
+from job import InputError, atomic_write, default_path, make_folder, require, run
 
-TAGS = ["PatientSex", "PatientAge", "ViewPosition", "Rows", "Columns"]
 HEADER_COLUMNS = ["patientId", "PatientSex", "PatientAge", "ViewPosition"]
 BOX_COLUMNS = ["x", "y", "width", "height"]
 TRAINING_COLUMNS = HEADER_COLUMNS + BOX_COLUMNS + ["Target", "class"]
 YEARS = {"": 1, "Y": 1, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
 MAX_AGE = 120  # years; the five ages of 148 and above in the challenge are typing errors
 NAMED = 5  # ids or files named in a warning; the rest are counted
-
-
-def patient_id_of(path):
-    """The file's stem; a name that ends in digits, such as a bare UID, has no suffix to lose."""
-    return path.name if path.suffix[1:].isdigit() else path.stem
-
-
-def find_dicom_files(folder):
-    """Looks through `folder` and its sub-folders, hidden files apart.
-
-    Returns files {patient_id: Path} in order of their paths, and skipped [(Path, reason)] for what can be no DICOM file
-    or repeats an earlier file's stem. Contents are not read here.
-    """
-    files, skipped = {}, []
-    for root, folders, names in os.walk(folder, onerror=lambda e: skipped.append((Path(e.filename), e.strerror))):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        skipped += [(Path(root, name), "is a folder") for name in folders if name.lower().endswith(".dcm")]
-        for path in (Path(root, name) for name in sorted(names) if not name.startswith(".")):
-            reason = _not_a_file(path)
-            first = files.setdefault(patient_id_of(path), path) if reason is None else path
-            if first is not path:
-                reason = f"has the same name as {first}"
-            if reason:
-                skipped.append((path, reason))
-    return files, skipped
-
-
-def _not_a_file(path):
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        return "is a link to nothing" if path.is_symlink() else error.strerror
-    return None if stat.S_ISREG(mode) else "is no regular file"
-
-
-def read_header(path):
-    """Reads the tags of TAGS and nothing of the pixels: {tag: value or None}; raises ValueError if it is no DICOM."""
-    with config.disable_value_validation():
-        try:
-            header = dcmread(path, stop_before_pixels=True, specific_tags=TAGS)
-            return {tag: header.get(tag) for tag in TAGS}
-        except Exception as error:  # pydicom raises many types on a broken file; each means that it cannot be read
-            raise ValueError(reason_of(error)) from None
 
 
 def _start_reader():

@@ -4,7 +4,6 @@ whole or not at all, signals, and mistakes told in one line."""
 import contextlib
 import ctypes
 import errno
-import mmap
 import os
 import signal
 import sys
@@ -63,16 +62,6 @@ def atomic_write(path):
             temporary.unlink()
 
 
-def limit_memory(more=5 * 2**28):
-    """Lets this process allocate `more` bytes than it holds: some MB of hostile DICOM can inflate to many GB."""
-    if sys.platform != "linux":
-        return
-    import resource
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
-    with contextlib.suppress(ValueError):  # there is a lower limit already
-        resource.setrlimit(resource.RLIMIT_AS, (held + more, held + more))
-
-
 def keep_freed_memory():
     """Lets glibc keep freed memory for the next batch: what it returns to Linux comes back as pages to be cleared, a
     third of a training step on a CPU with bf16 units. Constants: malloc.h and mallopt(3)."""
@@ -80,24 +69,6 @@ def keep_freed_memory():
         m_trim_threshold, m_mmap_max = -1, -4
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, -1)  # never
-
-
-def reason_of(error):
-    """One plain line on why a DICOM file cannot be read, for whatever pydicom or a decoder raised."""
-    text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.strerror:
-        return f"cannot be opened: {error.strerror}"
-    if "'DICM' prefix" in text:
-        return "is no DICOM file"
-    if isinstance(error, MemoryError):
-        return "takes too much memory to read"
-    if isinstance(error, RecursionError):
-        return "nests its sequences too deeply"
-    if "all available plugins" in text:
-        return "holds pixels that no decoder can read: they are damaged, or not what the header says"
-    if isinstance(error, TypeError) or "object has no attribute" in text:  # speaks of Python's objects alone
-        return "has a header that is damaged or lacks a needed value"
-    return f"is damaged or of an unknown kind ({text or type(error).__name__:.150})"
 
 
 def _terminate(signum, frame):

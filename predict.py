@@ -25,8 +25,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data_processing import find_dicom_files, warn
-from dataset import IMAGE_SIDE, read_images, rescale_boxes
+from data_processing import warn
+from dataset import rescale_boxes
+from dicom import IMAGE_SIDE, find_dicom_files, read_images
 from job import InputError, atomic_write, default_path, make_folder, require, run
 from metrics import MIN_AREA, parse_boxes, prediction_string
 from model import SMALLEST_GRID, load_checkpoint

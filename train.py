@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 from torch.utils.tensorboard import SummaryWriter
 
-from data_processing import BOX_COLUMNS, check_boxes, find_dicom_files, read_table, warn
-from dataset import IMAGE_SIDE, Augmentation, PneumoniaDataset, split_patients
+from data_processing import BOX_COLUMNS, check_boxes, read_table, warn
+from dataset import Augmentation, PneumoniaDataset, split_patients
+from dicom import IMAGE_SIDE, find_dicom_files
 from job import InputError, atomic_write, default_path, keep_freed_memory, make_folder, require, run
 from metrics import (BOX_THRESHOLDS, GATE_THRESHOLDS, average_precision_image, cross_validated_precision, gate_scores,
                      mean_average_precision, roc_auc, search_thresholds, total_average_precision)

@@ -1,5 +1,3 @@
-import os
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -66,20 +64,6 @@ def test_images_and_labels_without_each_other_are_counted_and_named(study, write
     assert "1 images without labels are left out: d" in out and "1 labels without an image are left out: c" in out
     assert "2 left out, no readable DICOM file" in out
     assert "notes.txt" in out and "gone.dcm (is a link to nothing)" in out
-
-
-def test_files_are_found_in_sub_folders_whatever_their_case(tmp_path):
-    (tmp_path / "x.dcm" / "deep").mkdir(parents=True)
-    names = ["x.dcm/deep/Ünïcode name.DCM", "1.2.840.10008", "1.2.840.10009", "b.dcm", "x.dcm/b.dcm", ".hidden.dcm"]
-    for name in names:
-        (tmp_path / name).write_bytes(b"")
-    os.mkfifo(tmp_path / "pipe.dcm")
-    files, skipped = dp.find_dicom_files(tmp_path)
-    assert sorted(files) == ["1.2.840.10008", "1.2.840.10009", "b", "Ünïcode name"]
-    assert files["b"] == tmp_path / "b.dcm"
-    reasons = {path.relative_to(tmp_path).as_posix(): reason for path, reason in skipped}
-    assert reasons == {"x.dcm": "is a folder", "pipe.dcm": "is no regular file",
-                       "x.dcm/b.dcm": f"has the same name as {tmp_path / 'b.dcm'}"}
 
 
 @pytest.mark.parametrize("name, old, new, message", [

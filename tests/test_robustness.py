@@ -26,9 +26,9 @@ from pydicom import dcmread, uid
 from pydicom.dataelem import RawDataElement
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_32
 
-import dataset as ds
+import dicom
 from conftest import ROOT, make_dicom
-from data_processing import patient_id_of
+from dicom import patient_id_of
 from model import PneumoniaUNET, load_checkpoint, save_checkpoint
 
 PYDICOM = Path(pydicom.data.__file__).parent
@@ -79,8 +79,8 @@ def only_line(text):
 
 MEASURED = """
 import importlib, json, resource, sys, time
-import numpy, dataset, predict
-seconds, read = [0], dataset._Reader.read
+import numpy, dicom, predict
+seconds, read = [0], dicom._Reader.read
 
 def timed(reader, path):
     started = time.monotonic()
@@ -89,7 +89,7 @@ def timed(reader, path):
     finally:
         seconds.append(time.monotonic() - started)
 
-dataset._Reader.read = timed
+dicom._Reader.read = timed
 predict.predict_masks = lambda model, images, runtime: numpy.ones((len(images), 64, 64))
 importlib.import_module(sys.argv[1]).main(sys.argv[2:])
 memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -138,10 +138,10 @@ def test_every_file_that_ships_with_pydicom_is_predicted_or_skipped(tmp_path, ch
 def test_transfer_syntaxes(name, syntax, recwarn):
     path = SAMPLES / f"{name}.dcm"
     assert dcmread(path).file_meta.TransferSyntaxUID == syntax
-    image, _ = ds.load_and_prepare_image(path, 16)
+    image, _ = dicom.load_and_prepare_image(path, 16)
     assert image.min() == 0 and image.max() == 1 and image.std() > 0.05
     if name.startswith("MR_small"):
-        np.testing.assert_array_equal(image, ds.load_and_prepare_image(SAMPLES / "MR_small.dcm", 16)[0])
+        np.testing.assert_array_equal(image, dicom.load_and_prepare_image(SAMPLES / "MR_small.dcm", 16)[0])
 
 
 @pytest.mark.parametrize("process", ["JPEGLosslessProcess14", "JPEGLosslessProcess14_1"])
@@ -156,14 +156,14 @@ def test_jpeg_lossless_of_16_bits(tmp_path, process):
     writer.SetImage(change.GetOutput())
     writer.SetFileName(str(tmp_path / "a.dcm"))
     assert writer.Write() and dcmread(tmp_path / "a.dcm").file_meta.TransferSyntaxUID in uid.JPEGTransferSyntaxes
-    expected, _ = ds.load_and_prepare_image(SAMPLES / "MR_small.dcm", 16)
-    np.testing.assert_array_equal(ds.load_and_prepare_image(tmp_path / "a.dcm", 16)[0], expected)
+    expected, _ = dicom.load_and_prepare_image(SAMPLES / "MR_small.dcm", 16)
+    np.testing.assert_array_equal(dicom.load_and_prepare_image(tmp_path / "a.dcm", 16)[0], expected)
 
 
 def test_jpeg_extended_of_12_bits_is_named():
     for name in ("JPGExtended.dcm", "JPEG-lossy.dcm"):
-        with pytest.raises(ds.UnreadableImage, match=r"JPEG extended 12-bit \(1.2.840.10008.1.2.4.51\)"):
-            ds.load_and_prepare_image(SAMPLES / name)
+        with pytest.raises(dicom.UnreadableImage, match=r"JPEG extended 12-bit \(1.2.840.10008.1.2.4.51\)"):
+            dicom.load_and_prepare_image(SAMPLES / name)
 
 
 # Mutated files
@@ -260,7 +260,7 @@ def test_mutated_files_are_predicted_or_skipped(mutated, checkpoint, tmp_path):
           f"decoder, {slow} took too long; slowest {seconds:.1f} s, largest reader {memory / 1e6:.0f} MB")
     assert len(annotations) + len(reasons) == 1001 and len(annotations) > 100 and len(reasons) > 100
     assert crashed < 100 and slow < 10
-    assert seconds < ds.TIME_LIMIT + 2 and memory < 2e9
+    assert seconds < dicom.TIME_LIMIT + 2 and memory < 2e9
 
 
 def test_headers_of_mutated_files_are_read_or_left_out(mutated, tmp_path):
