@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -110,6 +110,18 @@ class ImageWarning(UserWarning):
     """A radiograph that was read, but not as a plain grey image."""
 
 
+@contextmanager
+def decoding_errors():
+    """Around calls into pydicom and its decoders: whatever they raise on a broken file becomes UnreadableImage."""
+    try:
+        with config.disable_value_validation():
+            yield
+    except UnreadableImage:
+        raise
+    except Exception as error:  # they raise many types
+        raise UnreadableImage(reason_of(error)) from error
+
+
 def load_and_prepare_image(path, rescale_factor=4):
     """Reads one DICOM file of any size as the network sees it.
 
@@ -118,15 +130,10 @@ def load_and_prepare_image(path, rescale_factor=4):
     reason; warns with ImageWarning where colour became grey or frames after the first were left out.
     """
     side = IMAGE_SIDE // rescale_factor
-    with config.disable_value_validation():
-        try:
-            header = dcmread(path)
-            _check_header(header)
-            frame = _read_frame(header, side)
-        except UnreadableImage:
-            raise
-        except Exception as error:  # pydicom and its decoders raise many types on broken files
-            raise UnreadableImage(reason_of(error)) from None
+    with decoding_errors():
+        header = dcmread(path)
+        _check_header(header)
+        frame = _read_frame(header, side)
     image = unit_range(np.asarray(frame.resize((side, side), Image.Resampling.BILINEAR, reducing_gap=1.0)))
     if header.PhotometricInterpretation == "MONOCHROME1":
         image = 1 - image if image.any() else image
