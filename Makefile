@@ -7,7 +7,7 @@ demo: .venv/installed
 	.venv/bin/python sample_data.py
 	.venv/bin/python data_processing.py
 	.venv/bin/python train.py --optimizer adamw --epochs 6 --train-threshold
-	.venv/bin/python predict.py --data data/stage_2_test_images --model output/final.pth.tar
+	.venv/bin/python predict.py --data data/stage_2_test_images --labels data/stage_2_test_labels.csv --model output/final.pth.tar
 
 test: .venv/tests-installed
 	.venv/bin/python -m pytest -q

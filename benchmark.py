@@ -33,7 +33,7 @@ from data_processing import read_headers
 from dataset import Augmentation, PneumoniaDataset, rescale_boxes
 from dicom import IMAGE_SIDE, TAGS, find_dicom_files
 from job import InputError, default_path, require, run
-from metrics import BOX_THRESHOLDS, average_precision_image, search_thresholds
+from metrics import BOX_THRESHOLDS, GATE_THRESHOLDS, Evaluation, average_precision_image, search_thresholds
 from model import PneumoniaUNET
 from predict import (BOX_THRESHOLD, RESCALE_FACTORS, Runtime, add_runtime_options, batched, choose_runtime,
                      draw_overlay, find_boxes, number, predict_masks, save_overlay, to_network, write_text)
@@ -135,7 +135,7 @@ def plain_decode(path):
 def time_training_sample(bench):
     device, threads = bench.runtime.device, torch.get_num_threads()
     torch.set_num_threads(1)  # CPU time is measured, and a thread that waits for another would use some
-    loader = train.build_loaders(bench.dataset, range(len(bench.dataset)), [], bench.options)[0]
+    loader = train.build_loaders(bench.dataset, {"training": range(len(bench.dataset)), "validation": []}, bench.options)[0]
     augmentation = Augmentation(None)
 
     def epoch():
@@ -159,7 +159,8 @@ def time_training_sample(bench):
 
 def time_training(bench):
     runtime, images, waits = bench.runtime, len(bench.indices), []
-    clock = DataClock(train.build_loaders(bench.dataset, bench.indices, [], bench.options)[0], runtime.device)
+    loaders = train.build_loaders(bench.dataset, {"training": bench.indices, "validation": []}, bench.options)
+    clock = DataClock(loaders[0], runtime.device)
     training = train.build_training(bench.model, bench.options, 100 * len(clock), runtime)._replace(augmentation=clock)
 
     def epoch():
@@ -203,10 +204,12 @@ def count_operations(options, training):
 
 
 def time_threshold_search(bench):
-    confidences = np.full(len(bench.cases), 0.5)
-    seconds = bench.measure(lambda: search_thresholds(
-        np.array([[score(case, threshold) for threshold in BOX_THRESHOLDS] for case in bench.cases]), confidences,
-        confidences > 0), len(bench.cases))
+    def search():
+        scores = np.array([[score(case, threshold) for threshold in BOX_THRESHOLDS] for case in bench.cases])
+        images = len(scores)
+        evaluation = Evaluation(0.0, np.full(images, 0.5), np.ones(images, bool), np.full(images, ""), scores)
+        search_thresholds(evaluation, GATE_THRESHOLDS, (29, 16))
+    seconds = bench.measure(search, len(bench.cases))
     return seconds, label_limit(bench, BOX_THRESHOLDS)
 
 

@@ -12,6 +12,7 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from dicom import find_dicom_files, limit_memory, read_header
@@ -75,8 +76,9 @@ def warn(what, items):
         print(f"warning: {len(items)} {what}: {', '.join(items[:NAMED])}{more}")
 
 
-def read_table(path, columns):
+def read_table(path, columns, optional=()):
     """Reads a CSV with at least `columns`; raises InputError naming the file, and line and value where one is wrong.
+    Columns of `optional` that are not there come empty.
 
     Text columns come stripped; x, y, width, height and Target as numbers. A byte order mark or Windows line ends may be
     there.
@@ -91,13 +93,27 @@ def read_table(path, columns):
         raise InputError(f"{path} has no column {', '.join(missing)}: it has {', '.join(table.columns)}")
     if table.empty:
         raise InputError(f"{path} has no rows: give a complete table")
-    table = table[columns].apply(lambda column: column.fillna("").str.strip())
+    table = table.reindex(columns=[*columns, *optional], fill_value="").apply(lambda column: column.fillna("").str.strip())
     _refuse(table["patientId"] == "", table, "patientId", path, "is empty")
     for column in set(BOX_COLUMNS + ["Target"]) & set(columns):
         numbers = pd.to_numeric(table[column].replace("", None), errors="coerce")
         _refuse((table[column] != "") & ~numbers.abs().lt(float("inf")), table, column, path, "is no finite number")
         table[column] = numbers
     return table
+
+
+def read_labels(path):
+    """Boxes {patient_id: (n, 4)} in original pixels and views {patient_id: "AP", "PA" or ""} of a train.csv.
+
+    A label table of the challenge will do, too; it has no views. Raises InputError as read_table and check_boxes do.
+    """
+    columns = ["patientId", *BOX_COLUMNS, "Target"]
+    table = read_table(path, columns, optional=["ViewPosition"])
+    check_boxes(table, path)
+    boxes = dict.fromkeys(table["patientId"], np.zeros((0, 4)))
+    positive = table[table["Target"] == 1]
+    boxes |= {patient_id: rows.to_numpy() for patient_id, rows in positive.groupby("patientId")[BOX_COLUMNS]}
+    return boxes, dict(zip(table["patientId"], table["ViewPosition"]))
 
 
 def _refuse(wrong, table, column, path, reason):

@@ -1,5 +1,6 @@
 """From radiographs to tensors: the cache of prepared images, masks, augmentation, the split."""
 
+import hashlib
 import mmap
 import os
 import tempfile
@@ -39,14 +40,14 @@ def _extend(descriptor, offset, size):
 class PneumoniaDataset(Dataset):
     """Radiographs with masks, in network pixels; every file is decoded once, when the data set is made.
 
-    files {patient_id: path} and boxes {patient_id: (n, 4)} in original pixels have the same keys. The images lie as
-    uint8 in a nameless temporary file that is mapped into memory, so nothing of it is left when the run ends, however
+    files {patient_id: path} and boxes {patient_id: (n, 4)} in original pixels have the same keys; views {patient_id:
+    "AP" or "PA"} may lack some. The images lie as uint8 in a nameless temporary file that is mapped into memory, so nothing of it is left when the run ends, however
     it ends. Unreadable files are left out: `skipped` [(path, reason)].
 
     Raises InputError if more than MAX_UNREADABLE of the files cannot be read or the disk has no room for the cache.
     """
 
-    def __init__(self, files, boxes, *, rescale_factor=4, workers=1, progress=iter):
+    def __init__(self, files, boxes, *, views=None, rescale_factor=4, workers=1, progress=iter):
         self.side = IMAGE_SIDE // rescale_factor
         self.images = self._allocate(len(files))
         self.patient_ids, self.original_sizes, self.skipped, self.notes = [], [], [], []
@@ -66,6 +67,7 @@ class PneumoniaDataset(Dataset):
             raise InputError(f"{len(self.skipped)} of {len(files)} images cannot be read, more than "
                              f"{MAX_UNREADABLE:.0%}; the first is {path}: {reason}")
         self.boxes = [np.asarray(boxes[patient_id], float).reshape(-1, 4) for patient_id in self.patient_ids]
+        self.views = [(views or {}).get(patient_id, "") for patient_id in self.patient_ids]
 
     def _allocate(self, count):
         size = count * self.side**2
@@ -96,6 +98,18 @@ class PneumoniaDataset(Dataset):
         masks = np.stack([boxes_to_mask(self.boxes[i], self.original_sizes[i], self.side) for i in indices])
         self._release()
         return images, torch.from_numpy(masks)[:, None]
+
+
+def split_fold(patient_ids, *, folds, fold):
+    """Splits ids into those outside and those in a fold of cross-validation: MD5 of the id modulo `folds`.
+
+    Depends on each id alone, so a fold stays the same when other images come or go.
+    """
+    parts = [], []
+    for patient_id in sorted(patient_ids):
+        digest = int(hashlib.md5(patient_id.encode(), usedforsecurity=False).hexdigest(), 16)
+        parts[digest % folds == fold].append(patient_id)
+    return parts
 
 
 def split_patients(labels, *, validation_share, seed):

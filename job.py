@@ -22,10 +22,11 @@ def default_path(variable, *parts):
     return os.path.join(os.environ.get(variable) or FOLDERS[variable], *parts)
 
 
-def require(path, *, flag, variable):
-    """Returns `path` as a Path; raises InputError naming path, flag and variable if nothing is there."""
+def require(path, *, flag, variable=None):
+    """Returns `path` as a Path; raises InputError naming path, flag and, if it has one, variable if nothing is there."""
     if not Path(path).exists():
-        raise InputError(f"{path} does not exist: give another with {flag}, or set {variable}")
+        remedy = f", or set {variable}" if variable else ""
+        raise InputError(f"{path} does not exist: give another with {flag}{remedy}")
     return Path(path)
 
 

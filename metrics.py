@@ -3,6 +3,8 @@
 Boxes are `[x, y, width, height]` with the upper-left corner at (x, y); no function here cares in which pixels.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from scipy import ndimage
 
@@ -11,7 +13,27 @@ IOU_THRESHOLDS = (0.40, 0.45, 0.50, 0.55, 0.60, 0.65, 0.70, 0.75)
 MIN_AREA = 5000  # original pixels; 99 % of the challenge's boxes are above 9,624
 BOX_THRESHOLDS = np.arange(1, 60) / 60  # mask probabilities that the search tries
 GATE_THRESHOLDS = np.arange(20) / 20  # image probabilities that the search tries
-HALVINGS = 60  # of cross_validated_precision
+BOOTSTRAPS = 1000  # samples of the images that a standard error is computed from
+PROOF = 2  # standard errors by which other thresholds must beat the defaults
+
+
+class Thresholds(NamedTuple):
+    """Probabilities above which a pixel belongs to a box (`box`) and below which an image has no boxes (`gate`)."""
+    box: float
+    gate: float
+    source: str = "defaults"
+
+    def __str__(self):
+        return f"box threshold {self.box:.2f}, gate threshold {self.gate:.2f} ({self.source})"
+
+
+class Evaluation(NamedTuple):
+    """One pass of a network over N labelled images, at T box thresholds."""
+    loss: float
+    confidences: np.ndarray  # (N,) image_confidence of each mask
+    positive: np.ndarray  # (N,) whether the image has a true box
+    views: np.ndarray  # (N,) "AP", "PA" or ""
+    scores: np.ndarray  # (N, T) average precision without a gate; NaN for a true negative
 
 
 def parse_boxes(mask, threshold, min_area=0):
@@ -97,46 +119,56 @@ def roc_auc(scores, labels):
     return float(below.mean() / 2 / negatives.size)
 
 
-def gate_scores(scores, image_scores, has_target, gate):
-    """Average precisions (N, ...) once images with image_scores (N,) below the gate have no boxes: such an image is
-    worth 0 with a target, NaN without one (has_target (N,))."""
-    below = np.where(has_target, 0.0, np.nan)
-    return np.where(np.asarray(image_scores) >= gate, np.transpose(scores), below).T
+def summarize(evaluation, gate, column=0):
+    """Figures of an Evaluation at one of its box thresholds and a gate, under the names of metrics.json."""
+    scores = gate_scores(evaluation, gate, column)
+    figures = {"loss": evaluation.loss, "rsna": mean_average_precision(scores),
+               "rsna_standard_error": float(bootstrap(scores).std()), "total": total_average_precision(scores),
+               "auc": roc_auc(evaluation.confidences, evaluation.positive)}
+    for view in ("AP", "PA"):
+        part = evaluation.views == view
+        figures[f"auc_{view}"] = roc_auc(evaluation.confidences[part], evaluation.positive[part])
+    return figures
 
 
-def search_thresholds(scores, image_scores, has_target, gate_thresholds=GATE_THRESHOLDS):
-    """Finds the pair of thresholds with the best mean average precision.
+def score_lines(figures, images):
+    """What a script prints of the figures of summarize; the last two lines are the tutorial's."""
+    by_view = [f"{view} {figures[f'auc_{view}']:.4f}" for view in ("AP", "PA") if figures[f"auc_{view}"] >= 0]
+    return [f"Image ROC AUC: {figures['auc']:.4f}" + (f" (within views: {', '.join(by_view)})" if by_view else ""),
+            f"Standard error of the RSNA mAP: {figures['rsna_standard_error']:.4f} (bootstrap over {images} images)",
+            f"RSNA Mean Average Precision: {figures['rsna']:.4f}", f"Total Average Precision: {figures['total']:.4f}"]
 
-    scores (N, T): average precision of each image at each of T mask thresholds, were its boxes all kept; image_scores
-    (N,) in 0..1, has_target (N,). Returns the table (T, G) of mean average precision at each mask and gate threshold,
-    and the indices of its best place, taken from the table's 3 x 3 running mean so that no lucky single place wins.
+
+def gate_scores(evaluation, gate, column):
+    """Average precisions (N,) at one of the box thresholds, once images below the gate have no boxes: such an image is
+    worth 0 if it has a true box, NaN if it has none."""
+    below = np.where(evaluation.positive, 0.0, np.nan)
+    return np.where(evaluation.confidences >= gate, evaluation.scores[:, column], below)
+
+
+def search_thresholds(evaluation, gate_thresholds, default):
+    """Finds the pair of thresholds with the best mean average precision on the images of an Evaluation.
+
+    The best of many noisy scores is mostly luck, so the `default` pair stays unless the gain over it exceeds PROOF
+    standard errors of that gain (docs/experiments.md). Pairs are indices of (box threshold, gate threshold). Returns the
+    pair and the table (T, G) of mean average precision at every pair; its maximum is taken after smoothing over 3 x 3
+    pairs, so that a noisy peak is not chosen.
     """
-    table = _threshold_tables(scores, image_scores, has_target, gate_thresholds, np.ones((1, len(scores))))[0]
-    return table, np.unravel_index(_best_places(table[None])[0], table.shape)
+    columns = range(evaluation.scores.shape[1])
+    table = np.array([[mean_average_precision(gate_scores(evaluation, gate, column)) for gate in gate_thresholds]
+                      for column in columns])
+    smooth = ndimage.uniform_filter(table, 3, mode="nearest")
+    best = tuple(int(index) for index in np.unravel_index(smooth.argmax(), table.shape))
+    scores = [gate_scores(evaluation, gate_thresholds[gate], column) for column, gate in (best, default)]
+    gains = np.subtract(*map(bootstrap, scores))
+    return best if table[best] - table[default] > PROOF * gains.std() else default, table
 
 
-def cross_validated_precision(scores, image_scores, has_target, gate_thresholds=GATE_THRESHOLDS):
-    """Mean average precision at thresholds that other images gave: what the search promises for unseen images.
-
-    Thresholds are found on one random half of the images and scored on the other, both ways, in HALVINGS halvings; the
-    mean. Arguments as in search_thresholds.
-    """
-    halves = np.tile(np.arange(len(scores)) % 2.0, (HALVINGS, 1))
-    halves = np.random.default_rng(0).permuted(halves, axis=1)
-    tables = _threshold_tables(scores, image_scores, has_target, gate_thresholds, np.concatenate([halves, 1 - halves]))
-    unseen = np.roll(tables, HALVINGS, axis=0).reshape(2 * HALVINGS, -1)
-    return float(unseen[np.arange(2 * HALVINGS), _best_places(tables)].mean())
-
-
-def _threshold_tables(scores, image_scores, has_target, gate_thresholds, chosen):
-    """Mean average precision (C, T, G) of the images that each row of `chosen` (C, N), 0.0 or 1.0, picks."""
-    gated = (gate_scores(scores, image_scores, has_target, gate) for gate in gate_thresholds)
-    return np.stack([chosen @ np.nan_to_num(part) / np.maximum(chosen @ ~np.isnan(part), 1) for part in gated], axis=-1)
-
-
-def _best_places(tables):
-    """Index into each flattened table (C, T, G) of the highest running mean over 3 x 3 places."""
-    return ndimage.uniform_filter(tables, (1, 3, 3), mode="nearest").reshape(len(tables), -1).argmax(axis=1)
+def bootstrap(scores):
+    """mean_average_precision of BOOTSTRAPS bootstrap samples of the images with scores (N,); the same draws for all."""
+    images = len(scores)
+    drawn = np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), BOOTSTRAPS)
+    return drawn @ np.nan_to_num(scores) / np.maximum(drawn @ ~np.isnan(scores), 1)
 
 
 def prediction_string(boxes, confidences):

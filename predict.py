@@ -25,11 +25,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data_processing import warn
+from data_processing import read_labels, warn
 from dataset import rescale_boxes
 from dicom import IMAGE_SIDE, find_dicom_files, read_images
 from job import InputError, atomic_write, default_path, make_folder, require, run
-from metrics import MIN_AREA, parse_boxes, prediction_string
+from metrics import (MIN_AREA, Evaluation, Thresholds, average_precision_image, parse_boxes, prediction_string,
+                     score_lines, summarize)
 from model import SMALLEST_GRID, load_checkpoint
 
 BOX_THRESHOLD = 0.5  # mask probability; used where no search has found a better one
@@ -39,7 +40,7 @@ TYPICAL_SIDES = (217 / 1024, 298 / 1024)  # median width and height of the chall
 RESCALE_FACTORS = (1, 2, 4, 8, 16)
 LOG_SECONDS = 30  # between progress lines in a job log
 DRAWINGS_WAITING = 64  # more would only fill the memory, and hide a full disk until the end
-OVERLAY_WIDTH, LEGEND_HEIGHT = 512, 24  # pixels
+OVERLAY_WIDTH, LEGEND_HEIGHT, CAPTION_HEIGHT = 512, 24, 20  # pixels
 TRUTH, PREDICTION, HEAT = (64, 220, 120), (255, 208, 48), (255, 72, 32)  # RGB
 
 
@@ -149,8 +150,8 @@ def regress_sides(boxes, original_size, weight):
     return np.hstack([low, high - low])
 
 
-def draw_overlay(image, mask, predicted, truth=None):
-    """Draws what the network saw and found, OVERLAY_WIDTH pixels wide at the original aspect, with a legend below.
+def draw_overlay(image, mask, predicted, truth=None, caption=""):
+    """Draws what the network saw and found, OVERLAY_WIDTH pixels wide at the original aspect, legend and caption below.
 
     image uint8 (S, S); mask (S, S) probabilities; predicted (boxes, confidences) and truth boxes, all in the pixels of
     the original size, which comes with them: predicted = (boxes, confidences, original_size).
@@ -158,7 +159,7 @@ def draw_overlay(image, mask, predicted, truth=None):
     boxes, confidences, original_size = predicted
     height = int(np.clip(round(OVERLAY_WIDTH * original_size[0] / original_size[1]), 16, 4 * OVERLAY_WIDTH))
     size = (OVERLAY_WIDTH, height)
-    canvas = Image.new("RGB", (OVERLAY_WIDTH, height + LEGEND_HEIGHT))
+    canvas = Image.new("RGB", (OVERLAY_WIDTH, height + LEGEND_HEIGHT + CAPTION_HEIGHT))
     canvas.paste(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
     canvas.paste(HEAT, (0, 0), Image.fromarray((mask * 140).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR))
     draw = ImageDraw.Draw(canvas)
@@ -169,12 +170,13 @@ def draw_overlay(image, mask, predicted, truth=None):
         place = box[0] + 3, max(box[1] - 17, 1)
         draw.text(place, f"{confidence:.2f}", PREDICTION, _font(), stroke_width=1, stroke_fill="black")
     canvas.paste(_legend(truth is not None), (0, height))
+    draw.text((8, height + LEGEND_HEIGHT + CAPTION_HEIGHT // 2), caption, "white", _font(12), anchor="lm")
     return canvas
 
 
 @cache
-def _font():
-    return ImageFont.load_default(14)
+def _font(size=14):
+    return ImageFont.load_default(size)
 
 
 def _corners(box):
@@ -265,6 +267,7 @@ def make_parser():
     add("--data", "-d", default=default_path("TRAINML_DATA_PATH"), help="folder of DICOM files")
     add("--model", default=default_path("TRAINML_MODEL_PATH", "final.pth.tar"), help="checkpoint of the network")
     add("--output", default=default_path("TRAINML_OUTPUT_PATH"), help="folder for the results")
+    add("--labels", help="train.csv or label table of these images: draws and scores the truth, too")
     add("--rescale-factor", "--rf", type=int, choices=RESCALE_FACTORS, help="1024 / side of the network's image "
         "(default: the checkpoint's)")
     add("--save-images", default=True, action=argparse.BooleanOptionalAction, help="write annotated PNG images")
@@ -295,22 +298,22 @@ def main(argv=None):
     args = make_parser().parse_args(argv)
     runtime = choose_runtime(args.device, args.precision)
     folder = require(args.data, flag="--data", variable="TRAINML_DATA_PATH")
+    if args.labels:
+        require(args.labels, flag="--labels")
     model, checkpoint = load_checkpoint(
         require(args.model, flag="--model", variable="TRAINML_MODEL_PATH"), runtime.device)
     rescale_factor = args.rescale_factor or checkpoint.get("rescale_factor") or 4
     check_side(model, rescale_factor)
     output = make_folder(args.output, flag="--output", variable="TRAINML_OUTPUT_PATH")
     pictures = make_folder(output / "images", flag="--output", variable="TRAINML_OUTPUT_PATH")
-    best = checkpoint.get("best_threshold")  # None where an earlier search found nothing
-    thresholds = {"box_threshold": BOX_THRESHOLD if best is None else float(best),
-                  "gate_threshold": float(checkpoint.get("gate_threshold") or 0),
-                  "size_weight": float(checkpoint.get("size_weight", 1))}  # earlier files have none
+    thresholds = thresholds_of(checkpoint)
+    boxes, views = read_labels(args.labels) if args.labels else ({}, {})
     files, skipped = find_dicom_files(folder)
     print(f"{len(files)} files in {folder}; {runtime.device.type}, {runtime.dtype}; {thresholds}")
 
     results = predict_files(model, files, runtime, batch_size=args.batch_size, workers=args.workers,
                             rescale_factor=rescale_factor)
-    annotations, notes = {}, []
+    annotations, notes, scored = {}, [], []
 
     def annotate():
         for patient_id, reading, mask in progress(results, total=len(files), description="predict"):
@@ -319,9 +322,15 @@ def main(argv=None):
                 continue
             if reading.note:
                 notes.append(f"{files[patient_id]} {reading.note}")
-            found = find_boxes(mask, reading.original_size, **thresholds)
+            found = find_boxes(mask, reading.original_size, box_threshold=thresholds.box,
+                               gate_threshold=thresholds.gate, size_weight=float(checkpoint.get("size_weight", 1)))
             annotations[patient_id] = prediction_string(*found)
-            yield pictures / f"{patient_id}.png", (reading.image, mask, (*found, reading.original_size))
+            truth = boxes.get(patient_id)
+            if truth is not None:
+                scored.append((image_confidence(mask), len(truth) > 0, views[patient_id],
+                               average_precision_image(*found, truth)))
+            yield pictures / f"{patient_id}.png", (reading.image, mask, (*found, reading.original_size), truth,
+                                                   str(thresholds))
     if args.save_images:
         save_overlays(annotate())
     else:
@@ -331,7 +340,26 @@ def main(argv=None):
     warn("files are skipped, see skipped.csv", [f"{path} {reason}" for path, reason in skipped])
     found = sum(bool(boxes) for boxes in annotations.values())
     print(f"{len(annotations)} images predicted, {found} with opacities; {len(skipped)} files skipped; see {output}")
+    if args.labels:
+        print_scores(scored, boxes.keys() - annotations.keys(), annotations.keys() - boxes.keys())
     return 0 if annotations else 1
+
+
+def thresholds_of(checkpoint):
+    """Thresholds of a checkpoint; a file of an earlier version may lack some, or hold None for a failed search."""
+    box, gate = checkpoint.get("best_threshold"), checkpoint.get("gate_threshold")
+    source = checkpoint.get("threshold_source", "of the checkpoint")
+    return Thresholds(BOX_THRESHOLD if box is None else float(box), float(gate or 0), source)
+
+
+def print_scores(scored, missing, unlabelled):
+    """Prints the scores of the labelled images; scored [(confidence, positive, view, average precision)]."""
+    warn("ids of the labels have no image that can be read", sorted(missing))
+    warn("images have no label and are not scored", sorted(unlabelled))
+    if scored:
+        confidences, positive, views, scores = map(np.array, zip(*scored))
+        evaluation = Evaluation(float("nan"), confidences, positive, views, scores[:, None])
+        print(*score_lines(summarize(evaluation, gate=0), len(scored)), sep="\n")
 
 
 def write_results(output, annotations, skipped):

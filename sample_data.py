@@ -3,7 +3,8 @@
     python sample_data.py                      # 240 training and 20 test images in data/
     python sample_data.py --train 40 --test 5 --output phantoms
 
-Writes stage_2_train_images/, stage_2_test_images/ and the two label tables. The phantoms serve to try the scripts; what
+Writes stage_2_train_images/, stage_2_test_images/, the two label tables, and stage_2_test_labels.csv with the truth of
+the test images, which the challenge keeps to itself. The phantoms serve to try the scripts; what
 is learned from them says nothing about radiographs. Boxes have the sizes of the challenge, but 40 % of the images are
 positive (22.5 % there), so that a small sample has enough to learn from.
 """
@@ -31,7 +32,7 @@ from job import InputError, atomic_write, default_path, make_folder, run
 SIDE, CELL = 1024, 4  # pixels a side of an image, and of a cell of the grid (G = 256) that smooth things are drawn on
 ROW, COLUMN = np.mgrid[: SIDE // CELL, : SIDE // CELL].astype(np.float32) + 0.5  # middle of each cell
 IMAGES = ("stage_2_train_images", "stage_2_test_images")
-TABLES = ("stage_2_train_labels.csv", "stage_2_detailed_class_info.csv")
+TABLES = ("stage_2_train_labels.csv", "stage_2_detailed_class_info.csv", "stage_2_test_labels.csv")
 MARKER = "synthetic.json"
 OPACITY, NORMAL, OTHER = "Lung Opacity", "Normal", "No Lung Opacity / Not Normal"
 CLASSES = 4 * [OPACITY] + 3 * [NORMAL] + 3 * [OTHER]  # of ten images in a row
@@ -250,14 +251,23 @@ def write_images(folder, count, *, seed, split, workers=None):
         return list(pool.map(write, range(count), chunksize=4))
 
 
-def write_tables(folder, patients):
-    """Writes the two label tables in order of the ids: a row per box, or one with empty cells where there is none."""
-    rows = [(name, *box, int(label == OPACITY), label) for name, label, boxes in sorted(patients)
-            for box in boxes or [[None] * 4]]
+def write_tables(folder, patients, new_patients):
+    """Writes the label tables in order of the ids: a row per box, or one with empty cells where there is none."""
+    labels, classes, new_labels = (Path(folder, name) for name in TABLES)
+    columns = ["patientId", "x", "y", "width", "height", "Target"]
+    write_table(labels, patients, columns)
+    write_table(classes, patients, ["patientId", "class"])
+    write_table(new_labels, new_patients, columns)
+
+
+def write_table(path, patients, columns):
+    rows = []
+    for patient_id, label, boxes in sorted(patients):
+        for box in boxes or [[None] * 4]:
+            rows.append((patient_id, *box, int(label == OPACITY), label))
     table = pd.DataFrame(rows, columns=["patientId", "x", "y", "width", "height", "Target", "class"])
-    for name, columns in zip(TABLES, (table.columns[:-1], ["patientId", "class"])):
-        with atomic_write(Path(folder, name)) as file:
-            table[columns].to_csv(file, index=False)
+    with atomic_write(path) as file:
+        table[columns].to_csv(file, index=False)
 
 
 def ids_in(path):
@@ -305,8 +315,8 @@ def main(argv=None):
     with atomic_write(folder / MARKER) as file:
         file.write(json.dumps({"train": args.train, "test": args.test, "seed": args.seed}).encode())
     patients = write_images(folder / IMAGES[0], args.train, seed=args.seed, split=0)
-    write_images(folder / IMAGES[1], args.test, seed=args.seed, split=1)
-    write_tables(folder, patients)
+    new_patients = write_images(folder / IMAGES[1], args.test, seed=args.seed, split=1)
+    write_tables(folder, patients, new_patients)
     counts = [len(boxes) for *_, boxes in patients if boxes]
     at = "" if args.output == default_path("TRAINML_DATA_PATH") else f", with TRAINML_DATA_PATH={folder}"
     print(f"{folder}: {args.train} training images ({len(counts)} positive, {sum(counts)} boxes), {args.test} test "

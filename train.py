@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 from torch.utils.tensorboard import SummaryWriter
 
-from data_processing import BOX_COLUMNS, check_boxes, read_table, warn
-from dataset import Augmentation, PneumoniaDataset, split_patients
+from data_processing import read_labels, warn
+from dataset import Augmentation, PneumoniaDataset, split_fold, split_patients
 from dicom import IMAGE_SIDE, find_dicom_files
 from job import InputError, atomic_write, default_path, keep_freed_memory, make_folder, require, run
-from metrics import (BOX_THRESHOLDS, GATE_THRESHOLDS, average_precision_image, cross_validated_precision, gate_scores,
-                     mean_average_precision, roc_auc, search_thresholds, total_average_precision)
+from metrics import (BOX_THRESHOLDS, GATE_THRESHOLDS, Evaluation, Thresholds, average_precision_image, score_lines,
+                     search_thresholds, summarize)
 from model import GRID, PneumoniaUNET, load_checkpoint, save_checkpoint
 from predict import (BOX_THRESHOLD, GATE_THRESHOLD, RESCALE_FACTORS, SIZE_WEIGHT, Runtime, add_runtime_options, batched,
                      check_side, choose_runtime, draw_overlay, find_boxes, image_confidence, number, predict_masks,
@@ -44,7 +44,6 @@ VALIDATION_SHARE = 0.1
 POSITIVE_WEIGHT = 2  # how much more often an image with opacities is drawn in training
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 DEBUG_EPOCHS, DEBUG_STEPS, DEBUG_VALIDATION_STEPS, DEBUG_IMAGES = 2, 50, 10, 100
-COARSE_THRESHOLDS = BOX_THRESHOLDS[5::6]  # 0.1 to 0.9, for the search after every epoch
 SHOWN = 4  # validation images drawn for TensorBoard after every epoch
 CHECK_STEPS = 20  # between looks at the loss, each of which waits for the GPU
 PLACES = ("data", "labels", "save", "checkpoint", "device", "workers")  # flags a continued run does not inherit
@@ -63,53 +62,64 @@ class Training(NamedTuple):
 
 
 def load_data(args):
-    """Reads train.csv and prepares its images: (data set, training indices, validation indices)."""
-    table = read_table(args.labels, ["patientId", *BOX_COLUMNS, "Target"])
-    check_boxes(table, args.labels)
+    """Reads the labels and prepares their images: the data set and {part: indices}, the parts being training,
+    validation and, with --folds, test."""
+    boxes, views = read_labels(args.labels)
     files, skipped = find_dicom_files(args.data)
     warn("files are left out", [f"{path} {reason}" for path, reason in skipped])
-    warn("ids of the table have no image and are left out", sorted(set(table["patientId"]) - files.keys()))
-    table = table[table["patientId"].isin(files.keys())]
-    labels = table.groupby("patientId")["Target"].max()
-    positives = int((labels == 1).sum())
+    warn("ids of the table have no image and are left out", sorted(boxes.keys() - files.keys()))
+    labels = {patient_id: len(boxes[patient_id]) > 0 for patient_id in boxes if patient_id in files}
+    positives = sum(labels.values())
     if min(positives, len(labels) - positives) < 10:
         raise InputError(f"{args.labels} and {args.data} share {positives} images with opacities and "
                          f"{len(labels) - positives} without; training needs 10 of each: check --labels and --data")
-    parts = split_patients(labels.to_dict(), validation_share=VALIDATION_SHARE, seed=args.seed)
+    parts = split(labels, args)
+    dataset = prepare({key: files[key] for ids in parts.values() for key in ids}, boxes, views, args)
+    index_of = {patient_id: index for index, patient_id in enumerate(dataset.patient_ids)}
+    return dataset, {name: [index_of[key] for key in ids if key in index_of] for name, ids in parts.items()}
+
+
+def split(labels, args):
+    """Patient ids of each part, from labels {patient_id: has_opacity}."""
+    outside, fold = split_fold(labels, folds=args.folds, fold=args.fold) if args.folds else (labels, [])
+    training, validation = split_patients({patient_id: labels[patient_id] for patient_id in outside},
+                                          validation_share=VALIDATION_SHARE, seed=args.seed)
+    parts = {"training": training, "validation": validation, **({"test": fold} if args.folds else {})}
     if args.debug:
-        sizes = (DEBUG_STEPS * args.batch_size, max(DEBUG_VALIDATION_STEPS * args.batch_size, DEBUG_IMAGES))
-        parts = [sorted(random.Random(args.seed).sample(ids, min(size, len(ids)))) for ids, size in zip(parts, sizes)]
-    dataset = prepare(table, {patient_id: files[patient_id] for ids in parts for patient_id in ids}, args)
-    place = {patient_id: index for index, patient_id in enumerate(dataset.patient_ids)}
-    return dataset, *([place[patient_id] for patient_id in ids if patient_id in place] for ids in parts)
+        images = DEBUG_STEPS * args.batch_size
+        validation_images = max(DEBUG_VALIDATION_STEPS * args.batch_size, DEBUG_IMAGES)
+        limits = {"training": images, "validation": validation_images, "test": validation_images}
+        for name, ids in parts.items():
+            parts[name] = sorted(random.Random(args.seed).sample(ids, min(limits[name], len(ids))))
+    return parts
 
 
-def prepare(table, files, args):
+def prepare(files, boxes, views, args):
     """PneumoniaDataset of `files` with the table's boxes."""
-    boxes = dict.fromkeys(files, ())
-    boxes |= {key: group.to_numpy() for key, group in table[table["Target"] == 1].groupby("patientId")[BOX_COLUMNS]}
     dataset = PneumoniaDataset(
-        files, boxes, rescale_factor=args.rescale_factor, workers=args.workers,
+        files, boxes, views=views, rescale_factor=args.rescale_factor, workers=args.workers,
         progress=partial(progress, total=len(files), description="prepare"))
     warn("images are used in part", [f"{path} {note}" for path, note in dataset.notes])
     warn("images cannot be read and are left out", [f"{path}: {problem}" for path, problem in dataset.skipped])
     return dataset
 
 
-def build_loaders(dataset, training, validation, args):
-    """Loaders for training, validation after an epoch, and the final validation, and the generator of the first."""
+def build_loaders(dataset, parts, args):
+    """Loaders for training, for validation after an epoch, and of {part: indices} for the final scores, and the
+    generator of the first."""
+    training, validation = parts["training"], parts["validation"]
     generator = torch.Generator()
     weights = [POSITIVE_WEIGHT if len(dataset.boxes[index]) else 1 for index in training]
     samples = min(len(training), DEBUG_STEPS * args.batch_size) if args.debug else len(training)
     sampler = WeightedRandomSampler(weights, samples, generator=generator)
     epoch_ids = validation[:DEBUG_VALIDATION_STEPS * args.batch_size] if args.debug else validation
-    final_ids = validation[:DEBUG_IMAGES] if args.debug else validation
+    final_ids = [ids[:DEBUG_IMAGES] if args.debug else ids for name, ids in parts.items() if name != "training"]
     on_gpu = torch.cuda.is_available() and args.device != "cpu"
     options = {"batch_size": args.batch_size, "collate_fn": tuple, "pin_memory": on_gpu}
     train_loader = DataLoader(Subset(dataset, training), sampler=sampler, generator=generator,
                               drop_last=samples >= args.batch_size, **options)
-    val_loader, final_loader = (DataLoader(Subset(dataset, ids), **options) for ids in (epoch_ids, final_ids))
-    return train_loader, val_loader, final_loader, generator
+    val_loader, *final_loaders = (DataLoader(Subset(dataset, ids), **options) for ids in (epoch_ids, *final_ids))
+    return train_loader, val_loader, final_loaders, generator
 
 
 def build_model(args):
@@ -183,17 +193,14 @@ def check_losses(losses, last_step, epoch, scheduler):
 
 
 @torch.inference_mode()
-def evaluate(model, loader, runtime, box_thresholds, gate_thresholds):
-    """Predicts the loader's images once and scores them at every pair of thresholds, boxes found as in predict.py.
+def evaluate(model, loader, runtime, box_thresholds):
+    """One pass over the loader's images, as an Evaluation at the box thresholds, boxes found as in predict.py.
 
-    Returns the scores {"loss", "rsna", "unseen", "total", "auc"} at the best pair (see search_thresholds; "unseen" is
-    cross_validated_precision), that pair as {"box_threshold", "gate_threshold"}, the table of mean average precisions
-    it comes from (T, G), and the images' truths and confidences (N,), from which the AUC is: whether there is an
-    opacity, and image_confidence. Raises InputError if the loss is not finite.
+    Raises InputError if the loss is not finite.
     """
     model.eval()
     dataset, indices = loader.dataset.dataset, iter(loader.dataset.indices)
-    losses, scores, confidences, truths = [], [], [], []
+    losses, confidences, scores = [], [], []
     for images, masks in progress(loader, total=len(loader), description="validate"):
         logits = segment(model, to_network(images, runtime.device), runtime)
         loss = combined_loss(logits, masks.to(runtime.device).float()).item()
@@ -203,20 +210,13 @@ def evaluate(model, loader, runtime, box_thresholds, gate_thresholds):
         losses += [loss] * len(images)
         for mask in to_probabilities(logits):
             index = next(indices)
-            boxes, size = dataset.boxes[index], dataset.original_sizes[index]
-            found = (find_boxes(mask, size, box_threshold=box_threshold, gate_threshold=0)
-                     for box_threshold in box_thresholds)
-            scores.append([average_precision_image(*predicted, boxes) for predicted in found])
+            found = (find_boxes(mask, dataset.original_sizes[index], box_threshold=threshold, gate_threshold=0)
+                     for threshold in box_thresholds)
+            scores.append([average_precision_image(*predicted, dataset.boxes[index]) for predicted in found])
             confidences.append(image_confidence(mask))
-            truths.append(len(boxes) > 0)
-    scores, confidences, truths = np.array(scores), np.array(confidences), np.array(truths)
-    table, (row, column) = search_thresholds(scores, confidences, truths, gate_thresholds)
-    thresholds = {"box_threshold": float(box_thresholds[row]), "gate_threshold": float(gate_thresholds[column])}
-    gated = gate_scores(scores[:, row], confidences, truths, gate_thresholds[column])
-    scores = {"loss": float(np.mean(losses)), "rsna": mean_average_precision(gated),
-              "unseen": cross_validated_precision(scores, confidences, truths, gate_thresholds),
-              "total": total_average_precision(gated), "auc": roc_auc(confidences, truths)}
-    return scores, thresholds, table, truths, confidences
+    positive = np.array([len(dataset.boxes[index]) > 0 for index in loader.dataset.indices])
+    views = np.array([dataset.views[index] for index in loader.dataset.indices])
+    return Evaluation(float(np.mean(losses)), np.array(confidences), positive, views, np.array(scores))
 
 
 def overlays(model, dataset, indices, runtime, thresholds, batch_size=16):
@@ -226,8 +226,9 @@ def overlays(model, dataset, indices, runtime, thresholds, batch_size=16):
         masks = predict_masks(model, torch.from_numpy(dataset.images[batch])[:, None], runtime)
         for index, mask in zip(batch, masks):
             size = dataset.original_sizes[index]
-            found = find_boxes(mask, size, **thresholds)
-            yield index, (dataset.images[index].copy(), mask, (*found, size), dataset.boxes[index])
+            found = find_boxes(mask, size, box_threshold=thresholds.box, gate_threshold=thresholds.gate)
+            picture = dataset.images[index].copy(), mask, (*found, size), dataset.boxes[index], str(thresholds)
+            yield index, picture
 
 
 def make_parser():
@@ -243,6 +244,8 @@ def make_parser():
     add("--seed", "-s", type=int, default=42, help="of the split, the order, the augmentation and the weights")
     add("--train-threshold", default=False, action=switch, help="search the two thresholds on the validation images")
     add("--save-images", default=True, action=switch, help="write annotated validation images")
+    add("--folds", type=number(2, math.inf, int), help="cross-validation: leave out one of so many folds and score on it")
+    add("--fold", type=number(0, math.inf, int), help="the fold that --folds leaves out, from 0")
     add("--optimizer", "-o", default="adam", choices=list(OPTIMIZERS), help="optimizer")
     add("--learning-rate", "--lr", type=number(1e-30, math.inf), help=f"its peak ({_defaults('lr')})")
     add("--learning-rate-decay", "--lrd", type=number(0, 1), default=0.01, help="share of the peak left at the end")
@@ -272,7 +275,7 @@ def parse_args(argv=None):
     parser, model, state = make_parser(), None, {}
     args = parser.parse_args(argv)
     if args.checkpoint:
-        model, state = load_checkpoint(require(args.checkpoint, flag="--checkpoint", variable="TRAINML_OUTPUT_PATH"))
+        model, state = load_checkpoint(require(args.checkpoint, flag="--checkpoint"))
     if "optimizer" in state:
         stored = {key: value for key, value in state["args"].items() if key not in PLACES}
         parser.set_defaults(**stored)
@@ -287,6 +290,11 @@ def parse_args(argv=None):
         check_side(model, args.rescale_factor)
     _refuse_if(args.momentum is not None and args.optimizer != "sgd", "--momentum acts on --optimizer sgd alone")
     _refuse_if(args.eps is not None and args.optimizer == "sgd", "--eps has no part in --optimizer sgd")
+    _refuse_if((args.folds is None) != (args.fold is None), "--folds and --fold go together: give both or neither")
+    _refuse_if(args.folds is not None and args.fold >= args.folds, f"--fold {args.fold}: with --folds {args.folds} the "
+               f"last fold is {(args.folds or 0) - 1}")
+    if args.learning_rate is None:
+        args.learning_rate = OPTIMIZERS[args.optimizer][1]["lr"]
     if args.debug:
         args.epochs, args.train_threshold = min(args.epochs, DEBUG_EPOCHS), False
     return args, model, state
@@ -331,34 +339,60 @@ def fit(training, loaders, generators, history, args, writer):
 
 
 def validate(training, loader, args, writer, epoch):
-    """Scores the validation images after an epoch and shows the scores and a few pictures in TensorBoard.
-
-    With --train-threshold at thresholds of this epoch's own, so that epochs are compared as they would be used.
-    """
+    """Scores the validation images after an epoch, at the given thresholds, and shows the scores and a few pictures in
+    TensorBoard."""
     model, runtime, dataset = training.model, training.runtime, loader.dataset.dataset
-    scores, thresholds, _, truths, confidences = evaluate(
-        model, loader, runtime, *thresholds_to_try(args, COARSE_THRESHOLDS))
+    thresholds = given_thresholds(args)
+    evaluation = evaluate(model, loader, runtime, [thresholds.box])
+    figures = summarize(evaluation, thresholds.gate)
+    scores = {name: figures[name] for name in ("loss", "rsna", "total", "auc")}
     for tag, name in (("loss/validation", "loss"), ("ap/rsna", "rsna"), ("ap/total", "total"), ("ap/auc", "auc")):
         writer.add_scalar(tag, scores[name], epoch)
-    writer.add_pr_curve("image has opacity", truths, confidences, epoch)
+    writer.add_pr_curve("image has opacity", evaluation.positive, evaluation.confidences, epoch)
     shown = [index for index in loader.dataset.indices if len(dataset.boxes[index])][:SHOWN]
     for place, (_, overlay) in enumerate(overlays(model, dataset, shown, runtime, thresholds)):
         writer.add_image(f"validation/{place}", np.asarray(draw_overlay(*overlay)), epoch, dataformats="HWC")
     return scores
 
 
-def thresholds_to_try(args, box_thresholds=BOX_THRESHOLDS):
-    """Mask and gate thresholds for `evaluate`: the given pair, or all of the search with --train-threshold."""
-    return (box_thresholds, GATE_THRESHOLDS) if args.train_threshold else ([args.box_threshold], [args.gate_threshold])
+def given_thresholds(args):
+    """The pair of --box-threshold and --gate-threshold."""
+    default = (args.box_threshold, args.gate_threshold) == (BOX_THRESHOLD, GATE_THRESHOLD)
+    return Thresholds(args.box_threshold, args.gate_threshold, "defaults" if default else "given by flags")
+
+
+def choose_thresholds(model, loader, runtime, args, writer):
+    """The pair of thresholds that the run hands over: the given one, or with --train-threshold what a search on the
+    loader's images proves better."""
+    given = given_thresholds(args)
+    if not args.train_threshold:
+        return given
+    box_thresholds = np.union1d(BOX_THRESHOLDS, given.box).tolist()
+    gate_thresholds = np.union1d(GATE_THRESHOLDS, given.gate).tolist()
+    default = box_thresholds.index(given.box), gate_thresholds.index(given.gate)
+    evaluation = evaluate(model, loader, runtime, box_thresholds)
+    (row, column), table = search_thresholds(evaluation, gate_thresholds, default)
+    for threshold, rsna in zip(box_thresholds, table[:, column]):
+        writer.add_scalar("ap/rsna at threshold in percent", rsna, round(100 * threshold))
+    images = len(evaluation.scores)
+    if (row, column) == default:
+        return given._replace(source=f"{given.source}; a search on {images} images proved nothing better")
+    return Thresholds(box_thresholds[row], gate_thresholds[column], f"searched on {images} images")
+
+
+def checkpoint_state(history, args):
+    """What every checkpoint holds beside the weights: all that predict.py needs, and how they came about."""
+    thresholds = given_thresholds(args)
+    return {"rescale_factor": args.rescale_factor, "best_threshold": thresholds.box, "gate_threshold": thresholds.gate,
+            "threshold_source": thresholds.source, "size_weight": SIZE_WEIGHT, "args": plain_args(args),
+            "history": history}
 
 
 def save_epoch(training, history, args):
     """Writes last.pth.tar, from which a run continues exactly, and the best files where this epoch is the best yet."""
-    arguments = plain_args(args)
     best = {"loss.best": min(history, key=lambda scores: scores["loss"]),
             "prec.best": max(reversed(history), key=lambda scores: scores["rsna"])}
-    common = {"rescale_factor": args.rescale_factor, "best_threshold": args.box_threshold,
-              "gate_threshold": args.gate_threshold, "size_weight": SIZE_WEIGHT, "args": arguments, "history": history}
+    common = checkpoint_state(history, args)
     for name, scores in best.items():
         path = args.save / f"{name}.pth.tar"
         if scores is history[-1] or not path.exists():
@@ -380,38 +414,39 @@ def plain_args(args):
     return {key: value if isinstance(value, plain) else str(value) for key, value in vars(args).items()}
 
 
-def finish(loader, runtime, args, writer):
-    """Scores the best weights as predict.py will use them and writes final.pth.tar; returns the final figures."""
-    model, state = load_checkpoint(args.save / "prec.best.pth.tar", runtime.device)
-    box_thresholds, gate_thresholds = thresholds_to_try(args)
-    scores, thresholds, table, *_ = evaluate(model, loader, runtime, box_thresholds, gate_thresholds)
-    column = list(gate_thresholds).index(thresholds["gate_threshold"])
-    for threshold, score in zip(box_thresholds, table[:, column]):
-        writer.add_scalar("ap/rsna at threshold in percent", score, round(100 * threshold))
+def finish(training, loaders, history, args, writer):
+    """Scores the last epoch's weights as predict.py will use them and writes final.pth.tar; returns the final figures.
+
+    The learning rate ends near 0, so the last weights are the ones that the run was made for; the best epoch of a small
+    validation set is mostly luck (docs/experiments.md). `loaders` are those of the validation images and, with --folds,
+    of the fold, which is then what is scored.
+    """
+    model, runtime = training.model, training.runtime
+    thresholds = choose_thresholds(model, loaders[0], runtime, args, writer)
+    scored = loaders[-1]
+    scores = summarize(evaluate(model, scored, runtime, [thresholds.box]), thresholds.gate)
     if args.save_images:
         folder = make_folder(args.save / "images", flag="--save", variable="TRAINML_OUTPUT_PATH")
-        dataset, indices = loader.dataset.dataset, loader.dataset.indices
+        dataset, indices = scored.dataset.dataset, scored.dataset.indices
         pictures = overlays(model, dataset, indices, runtime, thresholds)
         pictures = progress(pictures, total=len(indices), description="draw")
         save_overlays((folder / f"{dataset.patient_ids[index]}.png", overlay) for index, overlay in pictures)
-    figures = {"rsna_mean_average_precision": scores["rsna"], "total_average_precision": scores["total"],
-               "image_roc_auc": scores["auc"], "validation_loss": scores["loss"],
-               "best_threshold": thresholds["box_threshold"], "gate_threshold": thresholds["gate_threshold"],
-               "size_weight": SIZE_WEIGHT}
-    if args.train_threshold:
-        figures["rsna_at_thresholds_of_other_images"] = scores["unseen"]
-    state = {key: value for key, value in state.items() if key not in ("state_dict", "config")}
-    save_checkpoint(args.save / "final.pth.tar", model, **state | figures)
+    figures = {"rsna_mean_average_precision": scores["rsna"], "rsna_standard_error": scores["rsna_standard_error"],
+               "total_average_precision": scores["total"], "image_roc_auc": scores["auc"],
+               "image_roc_auc_AP": scores["auc_AP"], "image_roc_auc_PA": scores["auc_PA"],
+               "validation_loss": scores["loss"], "scored_images": len(scored.dataset),
+               "best_threshold": thresholds.box, "gate_threshold": thresholds.gate,
+               "threshold_source": thresholds.source, "size_weight": SIZE_WEIGHT}
+    save_checkpoint(args.save / "final.pth.tar", model, **checkpoint_state(history, args) | figures)
     log_comparison(writer, args, figures)
-    return figures
+    return thresholds, scores, figures
 
 
 def log_comparison(writer, args, figures):
     """A row of TensorBoard's HParams table: the flags that are usually compared, and the scores."""
     compared = {key: str(getattr(args, key)) for key in ("batch_size", "epochs", "optimizer", "rescale_factor")}
-    rate = args.learning_rate or OPTIMIZERS[args.optimizer][1]["lr"]
     names = {"rsna": "rsna_mean_average_precision", "total": "total_average_precision", "auc": "image_roc_auc"}
-    writer.add_hparams({**compared, "learning_rate": str(rate)},
+    writer.add_hparams({**compared, "learning_rate": str(args.learning_rate)},
                        {f"final/{name}": figures[key] for name, key in names.items()}, run_name=".")
 
 
@@ -428,14 +463,14 @@ def main(argv=None):
         model = build_model(args)
     check_disk(args.save, model)
 
-    dataset, *parts = load_data(args)
+    dataset, parts = load_data(args)
     write_csv(args.save / "split.csv", [("patientId", "split"), *(
-        (dataset.patient_ids[index], name) for name, part in zip(("training", "validation"), parts) for index in part)])
-    *loaders, final_loader, generator = build_loaders(dataset, *parts, args)
-    print(f"{len(parts[0])} training and {len(parts[1])} validation images", flush=True)
+        (dataset.patient_ids[index], name) for name, part in parts.items() for index in part)])
+    train_loader, val_loader, final_loaders, generator = build_loaders(dataset, parts, args)
+    print(" and ".join(f"{len(indices)} {name}" for name, indices in parts.items()), "images", flush=True)
     prepared = time.monotonic()
 
-    training = build_training(model, args, args.epochs * len(loaders[0]), runtime)
+    training = build_training(model, args, args.epochs * len(train_loader), runtime)
     if "optimizer" in state:
         copy_best(Path(args.checkpoint).parent, args.save)
         for name in CONTINUED:
@@ -443,23 +478,21 @@ def main(argv=None):
     history = list(state.get("history", []))
     with SummaryWriter(args.save / "logs", purge_step=training.scheduler.last_epoch or None) as writer:
         try:
-            fit(training, loaders, (generator, training.augmentation.generator), history, args, writer)
+            fit(training, (train_loader, val_loader), (generator, training.augmentation.generator), history, args, writer)
         except KeyboardInterrupt:
             if history and (args.save / "last.pth.tar").exists():
                 print(f"continue with: python train.py --checkpoint {args.save / 'last.pth.tar'} --save {args.save}")
             raise
         trained = time.monotonic()
-        figures = finish(final_loader, runtime, args, writer)
+        thresholds, scores, figures = finish(training, final_loaders, history, args, writer)
+    figures = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in figures.items()}
     write_text(args.save / "metrics.json", json.dumps({
-        **figures, "history": history, "training_images": len(parts[0]), "validation_images": len(parts[1]),
+        **figures, "history": history, **{f"{name}_images": len(indices) for name, indices in parts.items()},
         "skipped_images": len(dataset.skipped), "arguments": plain_args(args), "versions": versions(),
         "seconds": {"prepare": prepared - started, "train": trained - prepared, "score": time.monotonic() - trained}},
         indent=1))
-    if args.train_threshold:
-        print(f"RSNA mAP at thresholds of other images: {figures['rsna_at_thresholds_of_other_images']:.4f}")
-    print(f"Image ROC AUC: {figures['image_roc_auc']:.4f}")
-    print(f"RSNA Mean Average Precision: {figures['rsna_mean_average_precision']:.4f}")
-    print(f"Total Average Precision: {figures['total_average_precision']:.4f}")
+    print(thresholds)
+    print(*score_lines(scores, len(final_loaders[-1].dataset)), sep="\n")
 
 
 def versions():

@@ -114,27 +114,74 @@ def test_roc_auc_counts_pairs_and_ties():
     assert math.isnan(metrics.roc_auc(scores, np.zeros(60)))
 
 
-def test_threshold_search_finds_the_best_pair():
-    thresholds = len(metrics.BOX_THRESHOLDS)
-    has_target = np.array([True] * 20 + [False] * 20)
-    image_scores = np.where(has_target, 0.8, 0.42)  # a gate from 0.45 to 0.8 keeps the positives alone
-    scores = np.zeros((40, thresholds))
-    scores[:20, 28:33] = 0.6
-    table, (row, column) = metrics.search_thresholds(scores, image_scores, has_target)
-    assert 29 <= row <= 31 and 0.45 <= metrics.GATE_THRESHOLDS[column] <= 0.8
-    assert table[row, column] == pytest.approx(0.6)
-    assert table[30, 0] == pytest.approx(0.3)  # without a gate every negative counts 0
-    assert table[30, -1] == 0
+GATES = metrics.GATE_THRESHOLDS.tolist()
+DEFAULT = 29, GATES.index(0.8)
 
 
-def test_cross_validation_keeps_what_holds_for_all_images_and_loses_luck():
-    rng = np.random.default_rng(0)
-    has_target = np.array([True] * 20 + [False] * 20)
-    image_scores = np.where(has_target, 0.8, 0.42)
-    scores = np.zeros((40, 60))
+def evaluation_of(scores, confidences, positive):
+    return metrics.Evaluation(0.0, confidences, positive, np.full(len(scores), ""), scores)
+
+
+@pytest.fixture
+def separable():
+    """20 positive images with confidence 0.7, best at box thresholds 28 to 32, and 20 false alarms with 0.42."""
+    positive = np.array([True] * 20 + [False] * 20)
+    scores = np.zeros((40, 59))
     scores[:20, 28:33] = 0.6
-    assert metrics.cross_validated_precision(scores, image_scores, has_target) == pytest.approx(0.6)
-    scores[:20] = rng.random((20, 60)) < 0.2  # every threshold is worth 0.2
-    table, place = metrics.search_thresholds(scores, image_scores, has_target)
-    promised = metrics.cross_validated_precision(scores, image_scores, has_target)
-    assert promised == pytest.approx(0.2, abs=0.03) and promised < table[place]
+    return evaluation_of(scores, np.where(positive, 0.7, 0.42), positive)
+
+
+def test_the_search_leaves_defaults_that_are_wrong(separable):
+    (row, column), table = metrics.search_thresholds(separable, GATES, DEFAULT)
+    assert 28 <= row <= 32 and 0.45 <= GATES[column] <= 0.7
+    assert metrics.summarize(separable, GATES[column], row)["rsna"] == table[row, column] == pytest.approx(0.6)
+
+
+def test_the_search_keeps_defaults_where_nothing_scores(separable):
+    nothing = separable._replace(scores=np.zeros((40, 59)))
+    assert metrics.search_thresholds(nothing, GATES, DEFAULT)[0] == DEFAULT
+
+
+def test_the_search_keeps_defaults_where_a_better_pair_may_be_luck():
+    rng, moved, kept = np.random.default_rng(5), 0, 0
+    for _ in range(50):
+        steps = rng.normal(0, 0.05, (100, 59))  # an image's score changes gradually, and no threshold is better than others
+        scores = 0.5 + np.cumsum(steps, axis=1) - np.cumsum(steps, axis=1).mean(axis=1, keepdims=True)
+        evaluation = evaluation_of(scores, np.full(100, 0.9), np.ones(100, bool))
+        (row, _), table = metrics.search_thresholds(evaluation, [0.8], (29, 0))
+        kept += row == 29
+        moved += table.argmax() != 29
+    assert moved >= 45 and kept >= 30
+
+
+def test_the_search_is_the_same_at_every_call(separable):
+    first, second = (metrics.search_thresholds(separable, GATES, DEFAULT)[0] for _ in range(2))
+    assert first == second
+
+
+def test_a_gate_takes_the_boxes_of_the_images_below_it(separable):
+    assert metrics.summarize(separable, 0, 30)["rsna"] == pytest.approx(0.3)
+    assert metrics.summarize(separable, 0.5, 30)["rsna"] == pytest.approx(0.6)
+    assert metrics.summarize(separable, 0.71, 30)["rsna"] == 0
+
+
+def test_the_standard_error_is_that_of_a_mean():
+    scores = np.random.default_rng(5).random(400)
+    assert metrics.bootstrap(scores).std() == pytest.approx(scores.std() / 20, rel=0.15)
+    with_gaps = np.concatenate([scores, np.full(1000, np.nan)])
+    assert metrics.bootstrap(with_gaps).std() == pytest.approx(scores.std() / 20, rel=0.15)
+    assert metrics.bootstrap(np.full(5, np.nan)).std() == 0
+
+
+def test_auc_within_views_does_not_reward_knowing_the_view():
+    positive = np.array([True] * 38 + [False] * 62 + [True] * 9 + [False] * 91)
+    views = np.array(["AP"] * 100 + ["PA"] * 100)
+    by_view_alone = metrics.Evaluation(0.0, np.where(views == "AP", 0.9, 0.1), positive, views, np.zeros((200, 1)))
+    figures = metrics.summarize(by_view_alone, gate=0)
+    assert figures["auc"] > 0.7 and figures["auc_AP"] == figures["auc_PA"] == 0.5
+
+
+def test_score_lines_end_in_the_lines_of_the_tutorial(separable):
+    lines = metrics.score_lines(metrics.summarize(separable, 0.5, 30), 40)
+    assert lines == ["Image ROC AUC: 1.0000", "Standard error of the RSNA mAP: 0.0000 (bootstrap over 40 images)",
+                     "RSNA Mean Average Precision: 0.6000", "Total Average Precision: 0.3000"]

@@ -45,7 +45,7 @@ def test_run_top_to_bottom(phantoms, tmp_path, monkeypatch):
         notebook = nbformat.read(tmp_path / name, as_version=4)
         for cell in code_cells(notebook):
             cell.source = re.sub(r"^Debug = .*", "Debug = True", cell.source)
-            cell.source = cell.source.replace('"--epochs", "5"', '"--epochs", "2"')
+            cell.source = cell.source.replace("args.epochs = 5", "args.epochs = 2")
         NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
         assert_complete(notebook)
         assert (tmp_path / "train.csv").exists()

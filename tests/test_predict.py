@@ -68,7 +68,7 @@ def test_a_threshold_of_0_is_kept_and_none_is_replaced(tmp_path, write_dicom, ca
     (tmp_path / "data").mkdir()
     write_dicom(tmp_path / "data" / "a.dcm", np.eye(32, dtype=np.uint8))
     assert run(tmp_path / "data", tmp_path / "final.pth.tar", tmp_path / "output", "--no-save-images") == 0
-    assert f"'box_threshold': {used}," in capsys.readouterr().out
+    assert f"box threshold {used:.2f}, " in capsys.readouterr().out
 
 
 def test_batch_size_does_not_change_the_boxes(tmp_path, checkpoint, write_dicom):
@@ -108,20 +108,49 @@ def test_sides_go_towards_the_typical_ones_within_the_image():
     assert predict.regress_sides(np.zeros((0, 4)), (1000, 2000), 0.8).shape == (0, 4)
 
 
-@pytest.mark.parametrize("stored, used", [({}, 1.0), ({"size_weight": 0.8}, 0.8)])
-def test_files_of_earlier_versions_keep_their_boxes(tmp_path, write_dicom, capsys, stored, used):
-    save_checkpoint(tmp_path / "final.pth.tar", PneumoniaUNET(), rescale_factor=16, **stored)
+@pytest.mark.parametrize("stored, weight", [({}, 1.0), ({"size_weight": 0.8}, 0.8)])
+def test_files_of_earlier_versions_keep_their_boxes(tmp_path, checkpoint, write_dicom, monkeypatch, stored, weight):
+    model, _ = predict.load_checkpoint(checkpoint)
+    save_checkpoint(tmp_path / "final.pth.tar", model, rescale_factor=16, best_threshold=0.04, **stored)
     (tmp_path / "data").mkdir()
     write_dicom(tmp_path / "data" / "a.dcm", np.eye(32, dtype=np.uint8))
+    weights = []
+
+    def regress_sides(boxes, original_size, weight):
+        weights.append(weight)
+        return boxes
+    monkeypatch.setattr(predict, "regress_sides", regress_sides)
     assert run(tmp_path / "data", tmp_path / "final.pth.tar", tmp_path / "output", "--no-save-images") == 0
-    assert f"'size_weight': {used}" in capsys.readouterr().out
+    assert weights == [weight]
+
+
+def test_labels_score_the_folder_and_name_what_is_missing(tmp_path, phantoms, checkpoint, capsys):
+    labels = phantoms / "stage_2_test_labels.csv"
+    (tmp_path / "labels.csv").write_text(labels.read_text() + "elsewhere,,,,,0\n")
+    flags = ["--labels", str(tmp_path / "labels.csv")]
+    assert run(phantoms / "stage_2_test_images", checkpoint, tmp_path / "output", *flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith("RSNA Mean Average Precision: ") and lines[-1].startswith("Total Average Precision: ")
+    assert any("1 ids of the labels have no image that can be read: elsewhere" in line for line in lines)
+
+
+def test_perfect_predictions_score_1(capsys):
+    predict.print_scores([(0.9, True, "AP", 1.0), (0.1, False, "AP", float("nan"))], [], [])
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "RSNA Mean Average Precision: 1.0000", "Total Average Precision: 0.5000"]
+
+
+def test_a_caption_says_which_thresholds_are_in_use():
+    blank = np.zeros((64, 64), np.uint8), np.zeros((64, 64)), ([], [], (64, 64))
+    with_caption = predict.draw_overlay(*blank, caption="box threshold 0.50")
+    assert np.asarray(with_caption)[-20:].any() and not np.asarray(predict.draw_overlay(*blank))[-20:].any()
 
 
 def test_overlay_shows_truth_prediction_and_keeps_the_aspect():
     mask = np.zeros((64, 64), np.float32)
     predicted = ([[200, 400, 300, 500]], [0.7], (2000, 1000))
     picture = predict.draw_overlay(np.zeros((64, 64), np.uint8), mask, predicted, truth=[[100, 1200, 600, 300]])
-    assert picture.size == (512, 1024 + 24)
+    assert picture.size == (512, 1024 + 44)
     pixels = np.asarray(picture)[:1024]
     for colour, x, y in ((predict.PREDICTION, 200, 400), (predict.TRUTH, 100, 1200)):
         rows, columns = np.nonzero((pixels == colour).all(axis=-1))
@@ -139,14 +168,14 @@ def test_heat_map_follows_the_mask():
 @pytest.mark.parametrize("shape", [(1, 5000), (5000, 1)])
 def test_extreme_shapes_can_be_drawn(shape):
     picture = predict.draw_overlay(np.zeros((64, 64), np.uint8), np.zeros((64, 64), np.float32), ([], [], shape))
-    assert picture.size[0] == 512 and 40 <= picture.size[1] <= 2048 + 24
+    assert picture.size[0] == 512 and 60 <= picture.size[1] <= 2048 + 44
 
 
 def test_overlay_is_a_png(tmp_path):
     predict.save_overlay(tmp_path / "a.png", np.zeros((64, 64), np.uint8), np.zeros((64, 64)), ([], [], (64, 64)))
     with Image.open(tmp_path / "a.png") as picture:
         picture.load()
-        assert picture.format == "PNG" and picture.size == (512, 536)
+        assert picture.format == "PNG" and picture.size == (512, 556)
 
 
 def test_names_that_are_no_text_survive(tmp_path):

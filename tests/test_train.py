@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 import platform
@@ -9,6 +10,7 @@ import torch
 
 import train
 from job import InputError
+from metrics import Thresholds
 from model import PneumoniaUNET, load_checkpoint, save_checkpoint
 from predict import predict_masks
 
@@ -41,7 +43,8 @@ def without_times(metrics):
 def test_a_run_writes_its_files_repeats_and_continues(start, tmp_path, capsys, monkeypatch):
     first = start("--train-threshold", "--epochs", "2", save=tmp_path / "a")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-4] == f"RSNA mAP at thresholds of other images: {first['rsna_at_thresholds_of_other_images']:.4f}"
+    assert lines[-5].startswith("box threshold ") and first["threshold_source"] in lines[-5]
+    assert f"{first['rsna_standard_error']:.4f} (bootstrap over 4 images)" in lines[-3]
     assert lines[-2] == f"RSNA Mean Average Precision: {first['rsna_mean_average_precision']:.4f}"
     assert lines[-1] == f"Total Average Precision: {first['total_average_precision']:.4f}"
     names = {path.name for path in (tmp_path / "a").iterdir()}
@@ -50,6 +53,7 @@ def test_a_run_writes_its_files_repeats_and_continues(start, tmp_path, capsys, m
     assert len(list((tmp_path / "a" / "images").glob("*.png"))) == first["validation_images"] == 4
     _, final = load_checkpoint(tmp_path / "a" / "final.pth.tar")
     assert final["best_threshold"] == first["best_threshold"] and final["rescale_factor"] == 16
+    assert_same_weights(tmp_path / "a" / "final.pth.tar", tmp_path / "a" / "last.pth.tar")
 
     def interrupt(training, history, args, save_epoch=train.save_epoch):
         save_epoch(training, history, args)
@@ -115,6 +119,8 @@ def test_training_on_the_cpu_does_not_fetch_its_memory_anew_at_every_step():
 @pytest.mark.parametrize("argv, message", [
     (["--momentum", "0.9"], "--momentum acts on --optimizer sgd alone"),
     (["--optimizer", "sgd", "--eps", "0.1"], "--eps has no part"),
+    (["--folds", "3"], "--folds and --fold go together"),
+    (["--folds", "3", "--fold", "3"], "--fold 3: with --folds 3 the last fold is 2"),
     (["--checkpoint", "nothing.tar"], "nothing.tar does not exist.*--checkpoint"),
 ])
 def test_flags_that_cannot_act_are_refused(argv, message):
@@ -207,23 +213,65 @@ class Brightness(torch.nn.Module):
         return 20 * (torch.nn.functional.avg_pool2d(images, 9, 1, 4) - 0.93)
 
 
-def test_scores_of_one_pass_are_those_of_the_boxes_that_are_drawn(phantoms, train_csv):
+@pytest.fixture
+def labelled(phantoms, train_csv):
+    """Arguments, data set and parts of train.py on the phantoms."""
     args, *_ = train.parse_args(["--data", str(phantoms / "stage_2_train_images"), "--labels", str(train_csv), *SMALL])
-    dataset, *parts = train.load_data(args)
-    indices = parts[0]
-    *_, loader, _ = train.build_loaders(dataset, indices, indices, args)
+    return args, *train.load_data(args)
+
+
+def test_scores_of_one_pass_are_those_of_the_boxes_that_are_drawn(labelled):
+    args, dataset, parts = labelled
+    indices, thresholds = parts["training"], Thresholds(0.3, 0.5)
+    _, _, (loader,), _ = train.build_loaders(dataset, {"training": indices, "validation": indices}, args)
     model, runtime = Brightness(), train.choose_runtime("cpu", "fp32")
-    for index, (_, _, (boxes, *_), _) in train.overlays(
-            model, dataset, indices[::2], runtime, {"box_threshold": 0.3, "gate_threshold": 0.5}):
+    for index, (_, _, (boxes, *_), *_) in train.overlays(model, dataset, indices[::2], runtime, thresholds):
         dataset.boxes[index] = boxes  # every second image agrees with the model at these thresholds
-    scores, thresholds, table, truths, confidences = train.evaluate(
-        model, loader, runtime, np.arange(1, 20) / 20, np.arange(20) / 20)
+    evaluation = train.evaluate(model, loader, runtime, [0.2, thresholds.box])
+    figures = train.summarize(evaluation, thresholds.gate, column=1)
     drawn = [train.average_precision_image(*found[:2], truth)
-             for _, (_, _, found, truth) in train.overlays(model, dataset, indices, runtime, thresholds)]
+             for _, (_, _, found, truth, _) in train.overlays(model, dataset, indices, runtime, thresholds)]
     assert 0.1 < np.nanmean(drawn) < 1 and np.isnan(drawn).any()
-    assert scores["rsna"] == pytest.approx(np.nanmean(drawn))
-    assert scores["total"] == pytest.approx(np.nansum(drawn) / len(indices))
-    again, *_ = train.evaluate(model, loader, runtime, *([value] for value in thresholds.values()))
-    assert [again.pop("unseen"), scores.pop("unseen")] == pytest.approx([scores["rsna"]] * 2, abs=0.02)
-    assert again == scores
-    assert len(truths) == len(confidences) == len(indices) and table.shape == (19, 20)
+    assert figures["rsna"] == pytest.approx(np.nanmean(drawn))
+    assert figures["total"] == pytest.approx(np.nansum(drawn) / len(indices))
+    assert evaluation.scores.shape == (len(indices), 2) and set(evaluation.views) == {"AP", "PA"}
+
+
+class Blind(torch.nn.Module):
+    """Is sure of an opacity in the same corner of every image, where there is none."""
+
+    def forward(self, images):
+        logits = torch.full_like(images, -9.0)
+        logits[..., :12, :12] = 9.0
+        return logits
+
+
+def test_where_nothing_scores_the_defaults_stay_and_the_log_says_why(labelled, monkeypatch):
+    args, dataset, parts = labelled
+    args.train_threshold = True
+    _, loader, _, _ = train.build_loaders(dataset, parts, args)
+    thresholds = train.choose_thresholds(Blind(), loader, train.choose_runtime("cpu", "fp32"), args, Quiet())
+    assert thresholds[:2] == (train.BOX_THRESHOLD, train.GATE_THRESHOLD)
+    assert "defaults; a search on 4 images proved nothing better" in str(thresholds)
+
+
+class Quiet:
+    """A SummaryWriter that writes nothing."""
+
+    def add_scalar(self, *_):
+        pass
+
+
+def test_a_fold_is_trained_without_and_scored_alone(start, tmp_path):
+    figures = start("--folds", "3", "--fold", "1", "--epochs", "1")
+    split = dict(line.split(",") for line in (tmp_path / "out" / "split.csv").read_text().splitlines()[1:])
+    parts = {part: {key for key, value in split.items() if value == part} for part in ("training", "validation", "test")}
+    assert parts["test"] == {key for key in split if int(hashlib.md5(key.encode()).hexdigest(), 16) % 3 == 1}
+    assert len(parts["validation"]) == round(0.1 * (40 - len(parts["test"]))) and sum(map(len, parts.values())) == 40
+    assert figures["scored_images"] == len(parts["test"])
+    assert {path.stem for path in (tmp_path / "out" / "images").iterdir()} == parts["test"]
+
+
+def test_learning_rate_in_log_and_metrics_is_the_value_used(start, capsys):
+    assert start("--epochs", "1", "--optimizer", "sgd")["arguments"]["learning_rate"] == 0.05
+    assert "learning_rate=0.05" in capsys.readouterr().out
