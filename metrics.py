@@ -96,9 +96,8 @@ def _count_hits(iou, threshold):
 
 
 def mean_average_precision(scores):
-    """The challenge's score of a data set: mean over images (N,) without the NaN of true negatives; 0 if all are."""
-    scores = np.asarray(scores, float)
-    return float(scores[~np.isnan(scores)].mean()) if not np.isnan(scores).all() else 0.0
+    """The challenge's score of a data set: mean over images (N, ...) without the NaN of true negatives; 0 if all are."""
+    return np.nansum(scores, axis=0) / np.maximum((~np.isnan(scores)).sum(axis=0), 1)
 
 
 def total_average_precision(scores):
@@ -121,8 +120,8 @@ def roc_auc(scores, labels):
 
 def summarize(evaluation, gate, column=0):
     """Figures of an Evaluation at one of its box thresholds and a gate, under the names of metrics.json."""
-    scores = gate_scores(evaluation, gate, column)
-    figures = {"loss": evaluation.loss, "rsna": mean_average_precision(scores),
+    scores = gate_scores(evaluation, gate)[:, column]
+    figures = {"loss": evaluation.loss, "rsna": float(mean_average_precision(scores)),
                "rsna_standard_error": float(bootstrap(scores).std()), "total": total_average_precision(scores),
                "auc": roc_auc(evaluation.confidences, evaluation.positive)}
     for view in ("AP", "PA"):
@@ -139,11 +138,11 @@ def score_lines(figures, images):
             f"RSNA Mean Average Precision: {figures['rsna']:.4f}", f"Total Average Precision: {figures['total']:.4f}"]
 
 
-def gate_scores(evaluation, gate, column):
-    """Average precisions (N,) at one of the box thresholds, once images below the gate have no boxes: such an image is
-    worth 0 if it has a true box, NaN if it has none."""
-    below = np.where(evaluation.positive, 0.0, np.nan)
-    return np.where(evaluation.confidences >= gate, evaluation.scores[:, column], below)
+def gate_scores(evaluation, gate):
+    """Scores (N, T) of an Evaluation once images below the gate have no boxes: such an image is worth 0 if it has a true
+    box, NaN if it has none."""
+    below = np.where(evaluation.positive, 0.0, np.nan)[:, None]
+    return np.where(evaluation.confidences[:, None] >= gate, evaluation.scores, below)
 
 
 def search_thresholds(evaluation, gate_thresholds, default):
@@ -154,13 +153,11 @@ def search_thresholds(evaluation, gate_thresholds, default):
     pair and the table (T, G) of mean average precision at every pair; its maximum is taken after smoothing over 3 x 3
     pairs, so that a noisy peak is not chosen.
     """
-    columns = range(evaluation.scores.shape[1])
-    table = np.array([[mean_average_precision(gate_scores(evaluation, gate, column)) for gate in gate_thresholds]
-                      for column in columns])
+    gated = [gate_scores(evaluation, gate) for gate in gate_thresholds]
+    table = np.stack([mean_average_precision(scores) for scores in gated], axis=1)
     smooth = ndimage.uniform_filter(table, 3, mode="nearest")
     best = tuple(int(index) for index in np.unravel_index(smooth.argmax(), table.shape))
-    scores = [gate_scores(evaluation, gate_thresholds[gate], column) for column, gate in (best, default)]
-    gains = np.subtract(*map(bootstrap, scores))
+    gains = np.subtract(*(bootstrap(gated[gate][:, column]) for column, gate in (best, default)))
     return best if table[best] - table[default] > PROOF * gains.std() else default, table
 
 

@@ -1,0 +1,144 @@
+"""Prints the tables of docs/experiments.md on what a run should hand over: which weights, which thresholds.
+
+    for seed in 42 7; do for fold in 0 1 2; do
+      python train.py --optimizer adamw --epochs 10 --train-threshold --no-save-images --folds 3 --fold $fold --seed $seed \
+        --save output/seed-$seed-fold-$fold
+    done; done
+    PYTHONPATH=. python docs/handover.py output/seed-*-fold-*
+
+Reads prec.best.pth.tar and last.pth.tar of each run. Every rule chooses on some images and is scored on others.
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+import train
+from data_processing import read_labels
+from dataset import PneumoniaDataset
+from dicom import find_dicom_files
+from metrics import BOX_THRESHOLDS, GATE_THRESHOLDS, Evaluation, gate_scores, mean_average_precision, search_thresholds
+from model import load_checkpoint
+from predict import choose_runtime, find_boxes, image_confidence, predict_masks
+
+GATES, DEFAULT = GATE_THRESHOLDS.tolist(), (29, 16)  # indices of the default thresholds 0.5 and 0.8
+DRAWS = 200  # random validation sets
+
+
+class Scored(NamedTuple):
+    """One network's masks on one part of the images, as they are and multiplied by 0.5."""
+    plain: Evaluation
+    halved: Evaluation
+
+
+def masks_of(model, dataset, runtime):
+    batches = torch.arange(len(dataset)).split(16)
+    return np.concatenate([predict_masks(model, torch.from_numpy(dataset.images[batch])[:, None], runtime)
+                           for batch in batches])
+
+
+def score(masks, dataset):
+    """Evaluation of masks (N, S, S) of probabilities at all box thresholds."""
+    scores = [[train.average_precision_image(*find_boxes(mask, size, box_threshold=threshold, gate_threshold=0), boxes)
+               for threshold in BOX_THRESHOLDS]
+              for mask, size, boxes in zip(masks, dataset.original_sizes, dataset.boxes)]
+    positive = np.array([len(boxes) > 0 for boxes in dataset.boxes])
+    confidences = np.array([image_confidence(mask) for mask in masks])
+    return Evaluation(float("nan"), confidences, positive, np.array(dataset.views), np.array(scores))
+
+
+def score_run(run, runtime):
+    """{(checkpoint, part): Scored} of a run with --folds: `last` and `prec.best` on its validation and test images."""
+    arguments = json.loads(Path(run, "metrics.json").read_text())["arguments"]
+    files, boxes = find_dicom_files(arguments["data"])[0], read_labels(arguments["labels"])[0]
+    with open(Path(run, "split.csv"), newline="") as file:
+        split = {row["patientId"]: row["split"] for row in csv.DictReader(file)}
+    results = {}
+    for part in ("validation", "test"):
+        ids = sorted(key for key, value in split.items() if value == part)
+        dataset = PneumoniaDataset({key: files[key] for key in ids}, boxes, workers=2,
+                                   rescale_factor=arguments["rescale_factor"])
+        for name in ("prec.best", "last"):
+            model, _ = load_checkpoint(Path(run, f"{name}.pth.tar"), runtime.device)
+            masks = masks_of(model, dataset, runtime)
+            results[name, part] = Scored(score(masks, dataset), score(masks * np.float32(0.5), dataset))
+    return results
+
+
+def rsna(evaluation, pair):
+    return mean_average_precision(gate_scores(evaluation, GATES[pair[1]])[:, pair[0]])
+
+
+def part_of(evaluation, images):
+    return Evaluation(evaluation.loss, *(values[images] for values in evaluation[1:]))
+
+
+def joined(evaluations):
+    return Evaluation(float("nan"), *(np.concatenate(values) for values in list(zip(*evaluations))[1:]))
+
+
+def best_pair(evaluation):
+    """The rule of before: the best pair of the smoothed table, whatever it gains."""
+    _, table = search_thresholds(evaluation, GATES, DEFAULT)
+    return np.unravel_index(ndimage.uniform_filter(table, 3, mode="nearest").argmax(), table.shape)
+
+
+RULES = {"defaults": lambda evaluation: DEFAULT, "best pair": best_pair,
+         "proven pair": lambda evaluation: search_thresholds(evaluation, GATES, DEFAULT)[0]}
+
+
+def random_sets(evaluation, size, rng):
+    """Mean score of each rule, chosen on DRAWS random sets of `size` images and scored on the others."""
+    scores = {name: [] for name in RULES}
+    for _ in range(DRAWS):
+        order = rng.permutation(len(evaluation.positive))
+        chosen, others = part_of(evaluation, order[:size]), part_of(evaluation, order[size:])
+        for name, rule in RULES.items():
+            scores[name].append(rsna(others, rule(chosen)))
+    return {name: float(np.mean(values)) for name, values in scores.items()}
+
+
+def print_random_sets(title, evaluations, size):
+    """One line: the rules' mean scores over several networks."""
+    rng = np.random.default_rng(0)
+    scores = [random_sets(evaluation, size, rng) for evaluation in evaluations]
+    means = {name: np.mean([score[name] for score in scores]) for name in RULES}
+    print(f"| {title} | {size} | " + " | ".join(f"{means[name]:.4f}" for name in RULES) + " |", flush=True)
+
+
+def print_weights(runs):
+    """Each run on its fold: both checkpoints, thresholds by each rule on the run's own validation images."""
+    table = {(weights, rule): [rsna(run[weights, "test"].plain, choose(run[weights, "validation"].plain)) for run in runs]
+             for weights in ("prec.best", "last") for rule, choose in RULES.items()}
+    before = np.array(table["prec.best", "best pair"])
+    print("| weights | thresholds | mean | each run | gain over the rule of before |\n|---|---|---|---|---|")
+    for (weights, rule), scores in table.items():
+        gains = np.array(scores) - before
+        error = gains.std(ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
+        print(f"| {weights} | {rule} | {np.mean(scores):.4f} | {', '.join(f'{score:.3f}' for score in scores)} | "
+              f"{gains.mean():+.4f} +- {error:.4f} |")
+
+
+def main(folders):
+    runtime = choose_runtime("auto", "auto")
+    runs = [score_run(folder, runtime) for folder in folders]
+    print_weights(runs)
+    print(f"\n| masks | images searched | {' | '.join(RULES)} |\n|---|---|" + "---|" * len(RULES))
+    tests = [run["last", "test"] for run in runs]
+    for size in (100, 250):
+        print_random_sets("of each fold", [test.plain for test in tests], size)
+    for size in (100, 250):
+        print_random_sets("of each fold, times 0.5", [test.halved for test in tests], size)
+    if len(runs) % 3 == 0:
+        seeds = [joined([test.plain for test in tests[i:i + 3]]) for i in range(0, len(tests), 3)]
+        print_random_sets("of three folds together", seeds, 700)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
