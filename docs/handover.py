@@ -6,12 +6,18 @@
     done; done
     PYTHONPATH=. python docs/handover.py output/seed-*-fold-*
 
-Reads prec.best.pth.tar and last.pth.tar of each run. Every rule chooses on some images and is scored on others.
+    python sample_data.py --train 2000 --test 0 --seed 1000 --output data/phantoms
+    python data_processing.py --images data/phantoms/stage_2_train_images --labels data/phantoms --output data/phantoms
+    PYTHONPATH=. python docs/handover.py --data data/phantoms/stage_2_train_images --labels data/phantoms/train.csv \
+      --model output/last.pth.tar
+
+Reads prec.best.pth.tar and last.pth.tar of each run, or one model and a labelled folder that it was not trained on. Every
+rule chooses on some images and is scored on others.
 """
 
+import argparse
 import csv
 import json
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +34,7 @@ from model import load_checkpoint
 from predict import choose_runtime, find_boxes, image_confidence, predict_masks
 
 GATES, DEFAULT = GATE_THRESHOLDS.tolist(), (29, 16)  # indices of the default thresholds 0.5 and 0.8
-DRAWS = 200  # random validation sets
+DRAWS = 200  # random sets that thresholds are searched on
 
 
 class Scored(NamedTuple):
@@ -53,21 +59,27 @@ def score(masks, dataset):
     return Evaluation(float("nan"), confidences, positive, np.array(dataset.views), np.array(scores))
 
 
+def score_model(path, ids, data, labels, runtime):
+    """Scored of a checkpoint on the images `ids` of a folder; all that the labels name if ids is None."""
+    model, state = load_checkpoint(path, runtime.device)
+    files, boxes = find_dicom_files(data)[0], read_labels(labels)[0]
+    files = {key: files[key] for key in ids or sorted(boxes)}
+    dataset = PneumoniaDataset(files, boxes, workers=2, rescale_factor=state["rescale_factor"])
+    masks = masks_of(model, dataset, runtime)
+    return Scored(score(masks, dataset), score(masks * np.float32(0.5), dataset))
+
+
 def score_run(run, runtime):
     """{(checkpoint, part): Scored} of a run with --folds: `last` and `prec.best` on its validation and test images."""
     arguments = json.loads(Path(run, "metrics.json").read_text())["arguments"]
-    files, boxes = find_dicom_files(arguments["data"])[0], read_labels(arguments["labels"])[0]
     with open(Path(run, "split.csv"), newline="") as file:
         split = {row["patientId"]: row["split"] for row in csv.DictReader(file)}
     results = {}
     for part in ("validation", "test"):
         ids = sorted(key for key, value in split.items() if value == part)
-        dataset = PneumoniaDataset({key: files[key] for key in ids}, boxes, workers=2,
-                                   rescale_factor=arguments["rescale_factor"])
         for name in ("prec.best", "last"):
-            model, _ = load_checkpoint(Path(run, f"{name}.pth.tar"), runtime.device)
-            masks = masks_of(model, dataset, runtime)
-            results[name, part] = Scored(score(masks, dataset), score(masks * np.float32(0.5), dataset))
+            path = Path(run, f"{name}.pth.tar")
+            results[name, part] = score_model(path, ids, arguments["data"], arguments["labels"], runtime)
     return results
 
 
@@ -125,11 +137,8 @@ def print_weights(runs):
               f"{gains.mean():+.4f} +- {error:.4f} |")
 
 
-def main(folders):
-    runtime = choose_runtime("auto", "auto")
-    runs = [score_run(folder, runtime) for folder in folders]
-    print_weights(runs)
-    print(f"\n| masks | images searched | {' | '.join(RULES)} |\n|---|---|" + "---|" * len(RULES))
+def print_thresholds(runs):
+    """The rules for thresholds on the last weights' masks of the folds."""
     tests = [run["last", "test"] for run in runs]
     for size in (100, 250):
         print_random_sets("of each fold", [test.plain for test in tests], size)
@@ -140,5 +149,23 @@ def main(folders):
         print_random_sets("of three folds together", seeds, 700)
 
 
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="*", help="folders of train.py --folds")
+    for flag in ("--model", "--data", "--labels"):
+        parser.add_argument(flag, help="instead of runs, one checkpoint and a labelled folder")
+    args = parser.parse_args()
+    runtime = choose_runtime("auto", "auto")
+    runs = [score_run(folder, runtime) for folder in args.runs]
+    if runs:
+        print_weights(runs)
+    print(f"\n| masks | images searched | {' | '.join(RULES)} |\n|---|---|" + "---|" * len(RULES))
+    if runs:
+        print_thresholds(runs)
+    if args.model:
+        scored = score_model(args.model, None, args.data, args.labels, runtime)
+        print_random_sets("of the labelled folder", [scored.plain], len(scored.plain.positive) // 2)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
