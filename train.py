@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 from torch.utils.tensorboard import SummaryWriter
 
-from data_processing import BOX_COLUMNS, check_boxes, read_table, warn
+from data_processing import BOX_COLUMNS, read_boxes, warn
 from dataset import Augmentation, PneumoniaDataset, split_patients
 from dicom import IMAGE_SIDE, find_dicom_files
 from job import InputError, atomic_write, default_path, keep_freed_memory, make_folder, require, run
@@ -64,8 +64,7 @@ class Training(NamedTuple):
 
 def load_data(args):
     """Reads train.csv and prepares its images: (data set, training indices, validation indices)."""
-    table = read_table(args.labels, ["patientId", *BOX_COLUMNS, "Target"])
-    check_boxes(table, args.labels)
+    table = read_boxes(args.labels)
     files, skipped = find_dicom_files(args.data)
     warn("files are left out", [f"{path} {reason}" for path, reason in skipped])
     warn("ids of the table have no image and are left out", sorted(set(table["patientId"]) - files.keys()))
@@ -91,7 +90,7 @@ def prepare(table, files, args):
     dataset = PneumoniaDataset(
         files, boxes, rescale_factor=args.rescale_factor, workers=args.workers,
         progress=partial(progress, total=len(files), description="prepare"))
-    warn("images are used in part", [f"{path} {note}" for path, note in dataset.notes])
+    warn("images are read with a remark", [f"{path} {note}" for path, note in dataset.notes])
     warn("images cannot be read and are left out", [f"{path}: {problem}" for path, problem in dataset.skipped])
     return dataset
 
