@@ -75,7 +75,7 @@ def read_hints(dataset) -> dict:
 
 
 def read_cells(dataset) -> dict:
-    """Where the values lie in the cells of a pydicom dataset, and whether overlays lie there too."""
+    """Where values lie in the cells of a pydicom dataset, and whether overlays lie there too."""
     bits = {name: int(dataset.get(name) or 0) for name in ("BitsStored", "HighBit")}
     positions = [_number(dataset, (group, 0x0102)) for group in range(0x6000, 0x6020, 2)]
     return bits | {"has_overlay": any(position > 0 for position in positions)}
@@ -127,7 +127,7 @@ def _without_padding(values, header):
     """Index of the pixels that are not padding (PS3.3 C.7.5.1.1.2)."""
     for name in ("PixelPaddingRangeLimit", "PixelPaddingValue"):
         ends = np.array([header.get("PixelPaddingValue", np.nan), header.get(name, np.nan)])
-        if np.isfinite(ends).all():
+        if (np.abs(ends) < 2**32).all():
             # -2000 may be written as 63536
             low, high = np.sort(ends.astype(np.int64).astype(values.dtype))
             shown = (values < low) | (values > high)
@@ -200,10 +200,10 @@ STAGES = (  # PS3.3 C.11.1 and C.11.2: (name in notes, function, keywords of wha
 def unit_range(pixels: np.ndarray) -> np.ndarray:
     """Scales to 0..1 float32 by the finite values' own range; zeros if they are all the same.
 
-    What is not finite becomes 0.
+    What is not finite, or too large for differences in float32, becomes 0.
     """
     pixels = pixels.astype(np.result_type(pixels.dtype, np.float32))
-    finite = np.isfinite(pixels)
+    finite = np.abs(pixels) < 1e38
     if not finite.all():
         pixels[~finite] = pixels[finite].min() if finite.any() else 0
     low, high = float(pixels.min()), float(pixels.max())

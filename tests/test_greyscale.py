@@ -239,6 +239,12 @@ def test_padding_stays_dark_where_a_transform_turns_the_scale_round(tmp_path, wr
     np.testing.assert_allclose(prepare(path), expected_of_padded(True), atol=1e-6)
 
 
+def test_float_pixels_too_large_for_differences_count_as_gaps(recwarn):
+    values = np.array([[-3e38, 1, 2, 3e38]], np.float32)
+    np.testing.assert_allclose(greyscale.unit_range(values), [[0, 0, 1, 0]])
+    assert not recwarn.list
+
+
 def test_gaps_in_float_pixels_do_not_widen_the_range():
     values = np.array([[np.nan, 1000.0], [1500.0, 2000.0]])
     np.testing.assert_allclose(greyscale.unit_range(values), [[0, 0], [0.5, 1]])
