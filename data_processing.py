@@ -5,6 +5,7 @@
 """
 
 import argparse
+import csv
 import multiprocessing
 import os
 import re
@@ -23,6 +24,12 @@ BOX_COLUMNS = ["x", "y", "width", "height"]
 TRAINING_COLUMNS = HEADER_COLUMNS + BOX_COLUMNS + ["Target", "class"]
 YEARS = {"": 1, "Y": 1, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
 MAX_AGE = 120  # years; the five ages of 148 and above in the challenge are typing errors
+SMALLEST_BOX = 2  # pixels a side; if all boxes are below, they are shares of the image
+UTF_16 = "UTF-16 text"
+OTHER_KINDS = {  # first bytes of a file named .csv that is not one
+    b"PK\x03\x04": "a zip archive or an Excel workbook", b"\x1f\x8b": "a gzip file",
+    b"\xff\xfe": UTF_16, b"\xfe\xff": UTF_16,
+}
 NAMED = 5  # ids or files named in a warning; the rest are counted
 
 
@@ -76,73 +83,117 @@ def warn(what, items):
         print(f"warning: {len(items)} {what}: {', '.join(items[:NAMED])}{more}")
 
 
-def read_table(path, columns, optional=()):
-    """Reads a CSV with at least `columns`; raises InputError naming the file, and line and value where one is wrong.
-    Columns of `optional` that are not there come empty.
+def _read_rows(path):
+    """Rows of a CSV file as {line number: fields}, those without any content apart.
 
-    Text columns come stripped; x, y, width, height and Target as numbers. A byte order mark or Windows line ends may be
-    there.
+    Raises InputError for a file that is not text in UTF-8, and for a row longer than the first one;
+    commas at a row's end add no fields to it.
     """
     try:
-        table = pd.read_csv(path, dtype=str, encoding="utf-8-sig", keep_default_na=False, skipinitialspace=True)
-    except (ValueError, OSError) as error:
+        with open(path, "rb") as file:
+            start = file.read(100)
+        for mark, kind in OTHER_KINDS.items():
+            if start.startswith(mark) or (kind == UTF_16 and b"\0" in start):
+                raise InputError(f"{path} is {kind}, not a table: save it as CSV in UTF-8")
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, skipinitialspace=True)
+            lines = [(reader.line_num, [field.strip() for field in row]) for row in reader]
+    except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise InputError(f"{path} cannot be read as a table: {error}") from None
-    table.columns = table.columns.str.strip()
-    missing = [column for column in columns if column not in table]
+    rows = {line: row for line, row in lines if any(row)}
+    if not rows:
+        raise InputError(f"{path} cannot be read as a table: it is empty")
+    width = len(next(iter(rows.values())))
+    for line, row in rows.items():
+        if any(row[width:]):
+            raise InputError(f"{path}, line {line} has {len(row)} fields, the first line {width}")
+        row[width:] = [""] * (width - len(row))
+    return rows
+
+
+def read_table(path, columns: list[str], optional: tuple[str, ...] = ()) -> pd.DataFrame:
+    """Reads a CSV with at least `columns`; the index holds the line numbers.
+
+    A column of `optional` that is not there comes empty. Text columns come stripped; x, y, width, height and Target as numbers. A byte order mark or
+    Windows line ends may be there. Raises InputError naming the file, and line and value where one
+    is wrong.
+    """
+    head, *rows = _read_rows(path).items()
+    names = head[1]
+    missing = [column for column in columns if column not in names]
     if missing:
-        raise InputError(f"{path} has no column {', '.join(missing)}: it has {', '.join(table.columns)}")
-    if table.empty:
+        raise InputError(f"{path} has no column {', '.join(missing)}: it has {', '.join(names)}")
+    if not rows:
         raise InputError(f"{path} has no rows: give a complete table")
-    table = table.reindex(columns=[*columns, *optional], fill_value="").apply(lambda column: column.fillna("").str.strip())
+    present = [*columns, *(column for column in optional if column in names)]
+    places = [names.index(column) for column in present]
+    cells = [[row[place] for place in places] for _, row in rows]
+    table = pd.DataFrame(cells, columns=present, index=[line for line, _ in rows])
+    table = table.reindex(columns=[*columns, *optional], fill_value="")
     _refuse(table["patientId"] == "", table, "patientId", path, "is empty")
     for column in set(BOX_COLUMNS + ["Target"]) & set(columns):
         numbers = pd.to_numeric(table[column].replace("", None), errors="coerce")
-        _refuse((table[column] != "") & ~numbers.abs().lt(float("inf")), table, column, path, "is no finite number")
+        wrong = (table[column] != "") & ~numbers.abs().lt(float("inf"))
+        _refuse(wrong, table, column, path, "is not a finite number")
         table[column] = numbers
+    return table
+
+
+def _refuse(wrong, table, column, path, reason):
+    """Raises InputError for the first row where `wrong` is true."""
+    if wrong.any():
+        line = wrong.idxmax()
+        raise InputError(
+            f"{path}, line {line}: {column} '{table[column][line]}' {reason}; "
+            "fix or remove the row")
+
+
+def read_boxes(path) -> pd.DataFrame:
+    """Reads the label columns of a table: boxes in pixels, exact repeats of a row dropped.
+
+    Raises InputError for a Target other than 0 or 1, for Target 1 without a box, for a box without
+    an area, and for boxes that are shares of the image.
+    """
+    table = read_table(path, ["patientId", *BOX_COLUMNS, "Target"], ("ViewPosition",))
+    repeated = table.duplicated()
+    warn(f"rows of {path} repeat others and are dropped", table["patientId"][repeated])
+    table = table[~repeated]
+    _refuse(~table["Target"].isin([0, 1]), table, "Target", path, "is neither 0 nor 1")
+    positive = table["Target"] == 1
+    for column in BOX_COLUMNS:
+        _refuse(positive & table[column].isna(), table, column, path, "is missing though Target is 1")
+    sides = table.loc[positive, ["width", "height"]]
+    for column in sides:
+        _refuse(positive & (table[column] <= 0), table, column, path, "is not above 0")
+    if positive.any() and sides.max(axis=None) < SMALLEST_BOX:
+        raise InputError(
+            f"{path} has no box of {SMALLEST_BOX} pixels: give x, y (of the upper left corner), width "
+            "and height in pixels, not as shares of the image")
     return table
 
 
 def read_labels(path):
     """Boxes {patient_id: (n, 4)} in original pixels and views {patient_id: "AP", "PA" or ""} of a train.csv.
 
-    A label table of the challenge will do, too; it has no views. Raises InputError as read_table and check_boxes do.
+    A label table of the challenge will do, too; it has no views. Raises InputError as read_boxes does.
     """
-    columns = ["patientId", *BOX_COLUMNS, "Target"]
-    table = read_table(path, columns, optional=["ViewPosition"])
-    check_boxes(table, path)
+    table = read_boxes(path)
     boxes = dict.fromkeys(table["patientId"], np.zeros((0, 4)))
     positive = table[table["Target"] == 1]
     boxes |= {patient_id: rows.to_numpy() for patient_id, rows in positive.groupby("patientId")[BOX_COLUMNS]}
     return boxes, dict(zip(table["patientId"], table["ViewPosition"]))
 
 
-def _refuse(wrong, table, column, path, reason):
-    """Raises InputError for the first row where `wrong` is true; line numbers count the head line as 1."""
-    if wrong.any():
-        row = wrong.idxmax()
-        raise InputError(f"{path}, line {row + 2}: {column} '{table[column][row]}' {reason}; mend or remove the row")
-
-
-def check_boxes(table, path):
-    """Raises InputError for a Target other than 0 or 1, for Target 1 without a box, and for a box without an area."""
-    _refuse(~table["Target"].isin([0, 1]), table, "Target", path, "is neither 0 nor 1")
-    positive = table["Target"] == 1
-    for column in BOX_COLUMNS:
-        _refuse(positive & table[column].isna(), table, column, path, "is missing though Target is 1")
-    for column in ("width", "height"):
-        _refuse(positive & (table[column] <= 0), table, column, path, "is not above 0")
-
-
 def build_training_csv(images, labels, output):
     """Joins the headers in folder `images` with the label tables in folder `labels` and writes `output`/train.csv.
 
-    One row per label row whose image is there; boxes in original pixels. Returns the table. Raises InputError for
-    missing or broken tables.
+    One row per label row whose image is there; boxes in original pixels. A box wholly outside its
+    image is dropped, and an image with its last box: it is not known to be free of opacities.
+    Returns the table. Raises InputError for missing or broken tables.
     """
     labels_path = Path(labels, "stage_2_train_labels.csv")
     classes_path = Path(labels, "stage_2_detailed_class_info.csv")
-    boxes = read_table(labels_path, ["patientId"] + BOX_COLUMNS + ["Target"])
-    check_boxes(boxes, labels_path)
+    boxes = read_boxes(labels_path).drop(columns="ViewPosition")
     classes = read_table(classes_path, ["patientId", "class"]).drop_duplicates()
     _refuse(classes["patientId"].duplicated(), classes, "patientId", classes_path, "has two different classes")
     headers = read_headers(images)
@@ -153,10 +204,14 @@ def build_training_csv(images, labels, output):
     table = boxes.merge(headers, on="patientId").merge(classes, on="patientId", how="left")
     if table.empty:
         raise InputError(f"no image in {images} has a label in {labels_path}: check --images and --labels")
-    outside = ((table[["x", "y"]] < 0).any(axis=1) | (table["x"] + table["width"] > table["Columns"].astype(float))
-               | (table["y"] + table["height"] > table["Rows"].astype(float)))
-    warn("boxes reach beyond their image and are clipped in training", table["patientId"][outside])
-    table["Target"] = table["Target"].astype(int)
+    right, bottom = table["x"] + table["width"], table["y"] + table["height"]
+    columns, rows = table["Columns"].astype(float), table["Rows"].astype(float)
+    outside = (right <= 0) | (bottom <= 0) | (table["x"] >= columns) | (table["y"] >= rows)
+    beyond = (table["x"] < 0) | (table["y"] < 0) | (right > columns) | (bottom > rows)
+    warn("boxes lie outside their image and are dropped, and images left without a box too",
+         table["patientId"][outside])
+    table, beyond = table[~outside].astype({"Target": int}), beyond[~outside]
+    warn("boxes reach beyond their image and are clipped in training", table["patientId"][beyond])
     return _write(table[TRAINING_COLUMNS], Path(output, "train.csv"))
 
 

@@ -17,17 +17,18 @@ from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pydicom import config, dcmread
 from pydicom.encaps import get_frame
-from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, pixel_array
-from pydicom.uid import JPEGBaseline8Bit, JPEGExtended12Bit
+from pydicom.pixels import apply_color_lut, pixel_array
+from pydicom.uid import JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLosslessSV1
+
+from greyscale import ImageWarning, displayed, note, read_cells, read_hints, unit_range
 
 IMAGE_SIDE = 1024  # pixels a side in the challenge; the network sees IMAGE_SIDE / rescale_factor
 MAX_PIXELS = 2**25  # pixels of one frame, about twice the largest radiographs; more is refused before it is allocated
 TIME_LIMIT = 5  # seconds that one file may take
 AHEAD = 16  # files read ahead of the consumer for each worker
-VALUE_TAGS = ("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "WindowCenter", "VOILUTSequence")
 TAGS = ["PatientSex", "PatientAge", "ViewPosition", "Rows", "Columns"]
 
 
@@ -106,10 +107,6 @@ class UnreadableImage(ValueError):
     """A file that holds no radiograph we can decode; the message is the reason."""
 
 
-class ImageWarning(UserWarning):
-    """A radiograph that was read, but not as a plain grey image."""
-
-
 @contextmanager
 def decoding_errors():
     """Around calls into pydicom and its decoders: whatever they raise on a broken file becomes UnreadableImage."""
@@ -122,84 +119,110 @@ def decoding_errors():
         raise UnreadableImage(reason_of(error)) from error
 
 
-def load_and_prepare_image(path, rescale_factor=4):
+def load_and_prepare_image(
+        path: str | Path, rescale_factor: int = 4) -> tuple[np.ndarray, tuple[int, int]]:
     """Reads one DICOM file of any size as the network sees it.
 
-    Returns the image, float32 (S, S) with S = 1024 / rescale_factor, scaled to 0..1 by its own range (a constant image
-    gives zeros) with air dark (MONOCHROME2), and its original size (height, width). Raises UnreadableImage with the
-    reason; warns with ImageWarning where colour became grey or frames after the first were left out.
+    Returns the image, float32 (S, S) with S = 1024 / rescale_factor, scaled to 0..1 by its own
+    range (a constant image gives zeros) with air dark (MONOCHROME2), and its original size (height,
+    width) in pixels. Raises UnreadableImage with the reason; warns with ImageWarning where the
+    image is constant, colour became grey, or part of the file was left out or is in doubt.
     """
     side = IMAGE_SIDE // rescale_factor
     with decoding_errors():
-        header = dcmread(path)
-        _check_header(header)
-        frame = _read_frame(header, side)
-    image = unit_range(np.asarray(frame.resize((side, side), Image.Resampling.BILINEAR, reducing_gap=1.0)))
-    if header.PhotometricInterpretation == "MONOCHROME1":
-        image = 1 - image if image.any() else image
-    return image, (int(header.Rows), int(header.Columns))
+        dataset = dcmread(path)
+        header = _header_values(dataset)
+    _check_header(header)
+    try:
+        frame = _read_jpeg(dataset, header, side) if header["is_plain_jpeg"] else None
+        frame = frame or _read_pixels(dataset, header)
+        small = frame.resize((side, side), Image.Resampling.BILINEAR, reducing_gap=1.0)
+    except MemoryError as error:
+        raise UnreadableImage(reason_of(error)) from None
+    image = unit_range(np.asarray(small))
+    if not image.any():
+        note("is constant: all of its pixels have the same value")
+    return image, (header["Rows"], header["Columns"])
+
+
+# keyword: value where it is absent or empty
+INTEGERS = {"Rows": 0, "Columns": 0, "NumberOfFrames": 1, "SamplesPerPixel": 1}
+PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+
+
+def _header_values(dataset):
+    """What decides how a file is read, as plain values by DICOM keyword, with its display hints."""
+    header = {name: int(dataset.get(name) or default) for name, default in INTEGERS.items()}
+    photometric = "\\".join(map(str, np.ravel(dataset.get("PhotometricInterpretation") or "")))
+    header["PhotometricInterpretation"] = photometric
+    header["syntax"] = dataset.file_meta.get("TransferSyntaxUID")
+    header["has_pixels"] = any(keyword in dataset for keyword in PIXELS)
+    is_grey = header["SamplesPerPixel"] == 1 and photometric.startswith("MONOCHROME")
+    hints = read_hints(dataset)
+    is_plain_jpeg = header["syntax"] == JPEGBaseline8Bit and is_grey and not hints
+    return header | hints | {"is_grey": is_grey, "is_plain_jpeg": is_plain_jpeg}
 
 
 def _check_header(header):
     """Refuses what cannot be decoded, or should not be tried, by the header alone."""
-    if not any(tag in header for tag in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+    columns, rows, frames = header["Columns"], header["Rows"], header["NumberOfFrames"]
+    if not header["has_pixels"]:
         raise UnreadableImage("has no pixel data")
-    columns, rows = int(header.get("Columns") or 0), int(header.get("Rows") or 0)
     if not 0 < rows * columns <= MAX_PIXELS:
         raise UnreadableImage(f"declares {columns} x {rows} pixels; 1 to {MAX_PIXELS:,} can be read")
-    if "TransferSyntaxUID" not in header.file_meta:
+    if not header["syntax"]:
         raise UnreadableImage("does not say how its pixels are encoded: it has no transfer syntax")
-    if header.file_meta.TransferSyntaxUID == JPEGExtended12Bit and header.get("BitsStored") != 8:
-        raise UnreadableImage(f"is JPEG extended 12-bit ({JPEGExtended12Bit}), for which there is no decoder with a "
-                              "permissive licence")
+    if frames > 1:
+        note(f"has {frames} frames; only the first is used")
 
 
-def _read_frame(header, side):
-    """First frame as a Pillow image: `L` for the challenge's own kind of file, else `F` in 0..1."""
-    if int(header.get("NumberOfFrames") or 1) > 1:
-        warnings.warn(f"has {header.NumberOfFrames} frames; only the first is used", ImageWarning, stacklevel=3)
-    grey = header.get("SamplesPerPixel", 1) == 1 and header.PhotometricInterpretation.startswith("MONOCHROME")
-    if header.file_meta.TransferSyntaxUID == JPEGBaseline8Bit and grey and not any(tag in header for tag in VALUE_TAGS):
-        return _read_jpeg(header, side)
-    return Image.fromarray(unit_range(_read_pixels(header)))
+def _read_jpeg(dataset, header, side):
+    """First frame of the challenge's own kind of file as a Pillow image `L` with air dark.
+
+    None if Pillow does not know the stream, as with 12 bits under the name of 8. Decodes at 1/2, 1/4
+    or 1/8 of the size while that is not below `side`: on average 0.07 of 255 grey levels from
+    decoding in full and averaging blocks, at two thirds of the time.
+    """
+    declared = header["Columns"], header["Rows"]
+    with decoding_errors():
+        stream = get_frame(dataset.PixelData, 0, number_of_frames=header["NumberOfFrames"])
+        try:
+            image = Image.open(io.BytesIO(stream), formats=["JPEG"])
+        except UnidentifiedImageError:
+            return None
+        if image.size != declared or image.mode != "L":
+            raise UnreadableImage(
+                f"declares {declared[0]} x {declared[1]} grey pixels, but its JPEG stream holds "
+                f"{image.size[0]} x {image.size[1]} of mode {image.mode}")
+        image.draft("L", (side, side))
+        image.load()
+    return ImageOps.invert(image) if header["PhotometricInterpretation"] == "MONOCHROME1" else image
 
 
-def _read_jpeg(header, side):
-    """Decodes at 1/2, 1/4 or 1/8 of the size while that is not below `side`: on average 0.07 of 255 grey levels from
-    decoding in full and averaging blocks, at two thirds of the time."""
-    frame = get_frame(header.PixelData, 0, number_of_frames=int(header.get("NumberOfFrames") or 1))
-    image = Image.open(io.BytesIO(frame), formats=["JPEG"])
-    if image.size != (header.Columns, header.Rows) or image.mode != "L":
-        raise UnreadableImage(f"declares {header.Columns} x {header.Rows} grey pixels, but its JPEG stream holds "
-                              f"{image.size[0]} x {image.size[1]} of mode {image.mode}")
-    image.draft("L", (side, side))
-    image.load()
-    return image
-
-
-def _read_pixels(header):
-    """First frame of any other file in displayed grey values, (height, width)."""
-    pixels = pixel_array(header, index=0)
-    if header.PhotometricInterpretation == "PALETTE COLOR":
-        pixels = apply_color_lut(pixels, header)
+def _read_pixels(dataset, header):
+    """First frame of any other file as a Pillow image `F` in 0..1 with air dark, in full size."""
+    with decoding_errors():
+        header |= read_cells(dataset)
+        pixels = _decode(dataset, header)
     if pixels.ndim == 3:
-        warnings.warn("is a colour image; its luminance is used", ImageWarning, stacklevel=4)
-        return pixels[..., :3] @ np.float32([0.299, 0.587, 0.114])  # ITU-R BT.601
-    if not header.PhotometricInterpretation.startswith("MONOCHROME"):
-        raise UnreadableImage(f"has the photometric interpretation {header.PhotometricInterpretation}")
-    values = apply_modality_lut(pixels, header)
-    header.pop("RescaleSlope", None)  # pydicom's window turns the grey scale round for a negative slope
-    return apply_voi_lut(values, header)
+        note("is a colour image; its luminance is used")
+        pixels = pixels[..., :3] @ np.float32([0.299, 0.587, 0.114])  # ITU-R BT.601
+    elif header["is_grey"]:
+        pixels = displayed(pixels, header)
+    else:
+        raise UnreadableImage(
+            f"has the photometric interpretation {header['PhotometricInterpretation']}")
+    return Image.fromarray(unit_range(pixels))
 
 
-def unit_range(pixels):
-    """Scales to 0..1 float32 by the finite values' own range; zeros if they are all the same."""
-    pixels = pixels.astype(np.result_type(pixels.dtype, np.float32))
-    finite = np.isfinite(pixels)
-    if not finite.all():
-        pixels[~finite] = pixels[finite].min(initial=0)
-    low, high = float(pixels.min()), float(pixels.max())
-    return np.zeros(pixels.shape, np.float32) if high == low else ((pixels - low) / (high - low)).astype(np.float32)
+def _decode(dataset, header):
+    """Pixels of the first frame, (height, width[, samples]); those of a grey one as stored."""
+    if header["syntax"] == JPEGExtended12Bit and header["BitsStored"] > 8:
+        # pydicom refuses 12 bits by this name, but GDCM goes by the stream alone and decodes them
+        dataset.file_meta.TransferSyntaxUID = JPEGLosslessSV1
+    pixels = pixel_array(dataset, index=0, correct_unused_bits=not header["is_grey"])
+    is_palette = header["PhotometricInterpretation"] == "PALETTE COLOR"
+    return apply_color_lut(pixels, dataset) if is_palette else pixels
 
 
 class Reading(NamedTuple):

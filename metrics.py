@@ -10,7 +10,7 @@ from scipy import ndimage
 
 # https://www.kaggle.com/c/rsna-pneumonia-detection-challenge/overview/evaluation
 IOU_THRESHOLDS = (0.40, 0.45, 0.50, 0.55, 0.60, 0.65, 0.70, 0.75)
-MIN_AREA = 5000  # original pixels; 99 % of the challenge's boxes are above 9,624
+MIN_AREA = 5000 / 1024**2  # share of the image; 99 % of the challenge's boxes cover 9,624 / 1024**2
 BOX_THRESHOLDS = np.arange(1, 60) / 60  # mask probabilities that the search tries
 GATE_THRESHOLDS = np.arange(20) / 20  # image probabilities that the search tries
 BOOTSTRAPS = 1000  # samples of the images that a standard error is computed from

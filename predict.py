@@ -128,12 +128,12 @@ def image_confidence(mask):
 def find_boxes(mask, original_size, *, box_threshold, gate_threshold, size_weight=SIZE_WEIGHT):
     """Boxes (n, 4) in original pixels and confidences (n,) of a mask (S, S) of probabilities.
 
-    No boxes if image_confidence is below `gate_threshold`; regions below MIN_AREA original pixels are left out.
+    No boxes if image_confidence is below `gate_threshold`; regions below MIN_AREA are left out.
     `size_weight` is that of regress_sides.
     """
     if image_confidence(mask) < gate_threshold:
         return np.zeros((0, 4)), np.zeros(0)
-    boxes, confidences = parse_boxes(mask, box_threshold, MIN_AREA * mask.size / np.prod(original_size))
+    boxes, confidences = parse_boxes(mask, box_threshold, MIN_AREA * mask.size)
     return regress_sides(rescale_boxes(boxes, mask.shape, original_size), original_size, size_weight), confidences
 
 
@@ -336,7 +336,7 @@ def main(argv=None):
     else:
         deque(annotate(), maxlen=0)
     write_results(output, annotations, skipped)
-    warn("images are used in part", notes)
+    warn("images are read with a remark", notes)
     warn("files are skipped, see skipped.csv", [f"{path} {reason}" for path, reason in skipped])
     found = sum(bool(boxes) for boxes in annotations.values())
     print(f"{len(annotations)} images predicted, {found} with opacities; {len(skipped)} files skipped; see {output}")

@@ -99,7 +99,7 @@ def prepare(files, boxes, views, args):
     dataset = PneumoniaDataset(
         files, boxes, views=views, rescale_factor=args.rescale_factor, workers=args.workers,
         progress=partial(progress, total=len(files), description="prepare"))
-    warn("images are used in part", [f"{path} {note}" for path, note in dataset.notes])
+    warn("images are read with a remark", [f"{path} {note}" for path, note in dataset.notes])
     warn("images cannot be read and are left out", [f"{path}: {problem}" for path, problem in dataset.skipped])
     return dataset
 

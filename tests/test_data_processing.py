@@ -1,3 +1,5 @@
+import gzip
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -70,8 +72,8 @@ def test_images_and_labels_without_each_other_are_counted_and_named(study, write
     ("labels", "a,1,2,3,4,1", "a,1,,3,4,1", "line 2: y 'nan' is missing though Target is 1"),
     ("labels", "a,5,1,2,2,1", "a,5,1,-2,2,1", "line 3: width '-2.0' is not above 0"),
     ("labels", "a,5,1,2,2,1", "a,5,1,2,0,1", "line 3: height '0.0' is not above 0"),
-    ("labels", "a,5,1,2,2,1", "a,five,1,2,2,1", "line 3: x 'five' is no finite number"),
-    ("labels", "a,5,1,2,2,1", "a,inf,1,2,2,1", "line 3: x 'inf' is no finite number"),
+    ("labels", "a,5,1,2,2,1", "a,five,1,2,2,1", "line 3: x 'five' is not a finite number"),
+    ("labels", "a,5,1,2,2,1", "a,inf,1,2,2,1", "line 3: x 'inf' is not a finite number"),
     ("labels", "b,,,,,0", "b,,,,,2", "line 4: Target '2' is neither 0 nor 1"),
     ("labels", "b,,,,,0", ",,,,,0", "line 4: patientId '' is empty"),
     ("labels", "width", "breadth", "has no column width"),
@@ -102,6 +104,54 @@ def test_boxes_outside_the_image_are_named(study, capsys):
     path.write_text(LABELS.replace("a,5,1,2,2,1", "a,5,1,20,2,1"))
     build(study)
     assert "1 boxes reach beyond their image" in capsys.readouterr().out
+
+
+def test_boxes_outside_their_image_are_dropped_and_so_is_an_image_left_without_a_box(study, capsys):
+    path = study / "stage_2_train_labels.csv"
+    path.write_text(LABELS.replace("a,5,1,2,2,1", "a,8,1,2,2,1").replace("b,,,,,0", "b,-3,0,3,4,1"))
+    table = build(study)
+    assert table["patientId"].tolist() == ["a", "c"] and table["x"].tolist()[0] == 1
+    assert "2 boxes lie outside their image and are dropped" in capsys.readouterr().out
+
+
+def test_exact_repeats_of_a_label_row_are_dropped_and_counted(study, capsys):
+    expected = build(study)
+    path = study / "stage_2_train_labels.csv"
+    path.write_text(LABELS + "a,1.0,2,3,4,1\nb,,,,,0\n")
+    pd.testing.assert_frame_equal(build(study), expected)
+    assert f"2 rows of {path} repeat others and are dropped: a, b" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"])
+@pytest.mark.parametrize("rows", [slice(1, None), slice(2, 3), slice(0, None)])
+def test_commas_at_the_end_of_rows_change_nothing(study, name, rows):
+    expected = build(study)
+    lines = (study / name).read_text().splitlines()
+    lines[rows] = [line + "," for line in lines[rows]]
+    (study / name).write_text("\n".join(lines))
+    pd.testing.assert_frame_equal(build(study), expected)
+
+
+def test_a_row_with_too_many_fields_is_refused_with_its_line(study):
+    (study / "stage_2_train_labels.csv").write_text(LABELS.replace("a,5,1,2,2,1", "\na,5,1,2,2,1,7"))
+    with pytest.raises(InputError, match=r"stage_2_train_labels.csv, line 4 has 7 fields, the first line 6"):
+        build(study)
+
+
+def test_boxes_as_shares_of_the_image_are_refused(study):
+    path = study / "stage_2_train_labels.csv"
+    path.write_text("patientId,x,y,width,height,Target\na,0.5,0.25,0.2,1,1\nb,,,,,0\nc,,,,,0\n")
+    with pytest.raises(InputError, match="no box of 2 pixels.*not as shares of the image"):
+        build(study)
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"PK\x03\x04" + bytes(200), "a zip archive"), (gzip.compress(LABELS.encode()), "a gzip file"),
+    (LABELS.encode("utf-16"), "UTF-16 text"), (LABELS.encode("utf-16-le"), "UTF-16 text")])
+def test_another_kind_of_file_named_csv_is_named(study, content, words):
+    (study / "stage_2_train_labels.csv").write_bytes(content)
+    with pytest.raises(InputError, match=f"train_labels.csv is {words}.*not a table: save it as CSV in UTF-8"):
+        build(study)
 
 
 def test_a_failed_write_leaves_the_old_table(study, monkeypatch):

@@ -28,6 +28,11 @@ def jpeg_dicom(path, pixels, **tags):
     return path
 
 
+def make_file(path, pixels, **tags):
+    make_dicom(pixels, **tags).save_as(path, enforce_file_format=True)
+    return path
+
+
 def unit(values):
     return (values - values.min()) / np.ptp(values)
 
@@ -47,9 +52,11 @@ def test_monochrome1_is_inverted(tmp_path, write_dicom):
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
-def test_a_constant_image_gives_zeros_without_a_warning(tmp_path, write_dicom, recwarn, photometric):
-    path = write_dicom(tmp_path / "a.dcm", np.full((32, 32), 7, np.uint8), PhotometricInterpretation=photometric)
-    assert not prepare(path)[0].any() and not recwarn.list
+@pytest.mark.parametrize("write", [make_file, jpeg_dicom])
+def test_a_constant_image_gives_zeros_and_is_named(tmp_path, write, photometric):
+    path = write(tmp_path / "a.dcm", np.full((32, 32), 7, np.uint8), PhotometricInterpretation=photometric)
+    with pytest.warns(dicom.ImageWarning, match="is constant"):
+        assert not prepare(path)[0].any()
 
 
 def test_integer_reduction_averages_blocks(tmp_path, write_dicom):
@@ -78,6 +85,37 @@ def test_challenge_files_take_the_short_way_to_nearly_the_same_image(tmp_path, w
     path = jpeg_dicom(tmp_path / "a.dcm", np.asarray(smooth))
     expected = unit(np.asarray(smooth.reduce(4), float))
     assert np.abs(dicom.load_and_prepare_image(path, 4)[0] - expected).mean() < 0.005
+
+
+def test_a_monochrome1_jpeg_is_inverted(tmp_path):
+    smooth = np.asarray(Image.fromarray(GRADIENT.astype(np.uint8)).resize((256, 256), Image.BICUBIC))
+    path = jpeg_dicom(tmp_path / "a.dcm", smooth, PhotometricInterpretation="MONOCHROME1")
+    image, _ = prepare(path, 256)
+    assert np.abs(image - (1 - unit(smooth.astype(float)))).mean() < 0.01
+
+
+def test_a_jpeg_with_a_display_hint_gets_it_applied(tmp_path):
+    smooth = np.asarray(Image.fromarray(GRADIENT.astype(np.uint8)).resize((256, 256), Image.BICUBIC))
+    path = jpeg_dicom(tmp_path / "a.dcm", smooth, WindowCenter=90, WindowWidth=20)
+    image, _ = prepare(path, 256)
+    assert np.mean((image == 0) | (image == 1)) > 0.7
+
+
+@pytest.mark.parametrize("ours", ["unit_range", "displayed", "_read_pixels", "_check_header"])
+def test_a_fault_of_our_own_is_not_blamed_on_the_file(tmp_path, write_dicom, monkeypatch, ours):
+    def fail(*args, **options):
+        raise TypeError("a fault of ours")
+    monkeypatch.setattr(dicom, ours, fail)
+    with pytest.raises(TypeError, match="a fault of ours"):
+        prepare(write_dicom(tmp_path / "a.dcm", GRADIENT.astype(np.uint8)))
+
+
+def test_too_little_memory_for_an_image_is_a_reason(tmp_path, write_dicom, monkeypatch):
+    def fail(*args, **options):
+        raise MemoryError
+    monkeypatch.setattr(dicom, "displayed", fail)
+    with pytest.raises(dicom.UnreadableImage, match="takes too much memory"):
+        prepare(write_dicom(tmp_path / "a.dcm", GRADIENT.astype(np.uint8)))
 
 
 def test_colour_and_frames_are_used_in_part_with_a_warning(tmp_path, write_dicom):

@@ -92,6 +92,18 @@ def test_boxes_come_back_in_original_pixels():
     assert len(predict.find_boxes(mask * 0.77, (2048, 1024), **thresholds)[0]) == 0
 
 
+@pytest.mark.parametrize("side", [128, 256, 1024, 4000])
+def test_the_minimum_area_is_a_share_of_the_image(side):
+    mask = np.zeros((64, 64), np.float32)
+    mask[:4, :5] = 0.8  # 20 of 4,096: above 5,000 / 1,024**2
+    mask[60:, 60:63] = 0.8
+    mask[60:, 55:57] = 0.9  # 8 of 4,096
+    mask[32:37, 32:36] = 0.7
+    thresholds = {"box_threshold": 0.5, "gate_threshold": 0.7, "size_weight": 1}
+    boxes, _ = predict.find_boxes(mask, (side, side), **thresholds)
+    np.testing.assert_allclose(boxes * 64 / side, [[0, 0, 5, 4], [32, 32, 4, 5]])
+
+
 def test_sides_go_towards_the_typical_ones_within_the_image():
     typical_width, typical_height = 2000 * predict.TYPICAL_SIDES[0], 1000 * predict.TYPICAL_SIDES[1]
     boxes = np.array([[500, 300, typical_width, typical_height], [900, 100, typical_width / 32, typical_height * 3],

@@ -160,10 +160,25 @@ def test_jpeg_lossless_of_16_bits(tmp_path, process):
     np.testing.assert_array_equal(dicom.load_and_prepare_image(tmp_path / "a.dcm", 16)[0], expected)
 
 
-def test_jpeg_extended_of_12_bits_is_named():
-    for name in ("JPGExtended.dcm", "JPEG-lossy.dcm"):
-        with pytest.raises(dicom.UnreadableImage, match=r"JPEG extended 12-bit \(1.2.840.10008.1.2.4.51\)"):
-            dicom.load_and_prepare_image(SAMPLES / name)
+@pytest.mark.parametrize("name", ["JPGExtended.dcm", "JPEG-lossy.dcm"])
+def test_jpeg_extended_of_12_bits_is_read_as_gdcm_reads_it(tmp_path, name):
+    reader = gdcm.ImageReader()
+    reader.SetFileName(str(SAMPLES / name))
+    assert reader.Read()
+    cells = reader.GetImage().GetBuffer().encode("utf-8", "surrogateescape")
+    pixels = np.frombuffer(cells, "<u2").reshape(1024, 256)
+    make_dicom(pixels).save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    expected, _ = dicom.load_and_prepare_image(tmp_path / "a.dcm")
+    np.testing.assert_array_equal(dicom.load_and_prepare_image(SAMPLES / name)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["12 bits.dcm", os.fsdecode(b"12 bits \xf6.dcm")])
+def test_jpeg_of_12_bits_is_read_under_the_name_of_8_and_whatever_its_file_is_called(tmp_path, name):
+    dataset = dcmread(SAMPLES / "JPGExtended.dcm")
+    dataset.file_meta.TransferSyntaxUID = uid.JPEGBaseline8Bit
+    dataset.save_as(tmp_path / name)
+    expected, _ = dicom.load_and_prepare_image(SAMPLES / "JPGExtended.dcm")
+    np.testing.assert_array_equal(dicom.load_and_prepare_image(tmp_path / name)[0], expected)
 
 
 # Mutated files

@@ -1,0 +1,212 @@
+"""From the pixels of a grey DICOM frame to displayed grey values.
+
+    stored bits -> padding aside -> modality -> values of interest -> 0..1 with air dark
+
+A hint of the header that cannot be used is left out with an ImageWarning. `header` holds plain
+values by their DICOM keywords: PhotometricInterpretation, read_cells() and read_hints().
+"""
+
+import warnings
+
+import numpy as np
+
+
+class ImageWarning(UserWarning):
+    """A radiograph that was read, but not as a plain grey image."""
+
+
+def note(text: str) -> None:
+    """Warns with ImageWarning; `text` goes on after the name of the file."""
+    warnings.warn(text, ImageWarning, stacklevel=2)
+
+
+def _leave_out(hint):
+    note(f"is read without its {hint}, which cannot be used")
+
+
+def _number(dataset, keyword):
+    """First number of a display hint; NaN where there is none."""
+    try:
+        return float(np.ravel(dataset[keyword].value)[0])
+    except Exception:  # pydicom raises many types on a broken value
+        return np.nan
+
+
+def _table(dataset, keyword):
+    """The first look-up table of a sequence as (entries, first value mapped); None if unusable.
+
+    PS3.3 C.11.1.1 and C.11.2.1.1: 0 entries mean 65,536; entries of 8 bits come one or two in a
+    word of 16, the first of two in the low byte.
+    """
+    try:
+        item = dataset[keyword].value[0]
+        count, first, bits = map(int, item.LUTDescriptor)
+        data = item.LUTData
+        if isinstance(data, bytes):
+            order = "<" if dataset.original_encoding[1] else ">"
+            data = np.frombuffer(data + bytes(len(data) % 2), f"{order}u2")
+        entries = np.array(data, "<u2", ndmin=1)
+    except Exception:  # pydicom raises many types on a broken sequence
+        return None
+    count = count or 2**16
+    if bits <= 8 and len(entries) < count:
+        entries = entries.view(np.uint8)
+    return (entries[:count], first) if len(entries) >= count else None
+
+
+def _text(dataset, keyword):
+    return str(dataset[keyword].value or "").upper()
+
+
+HINTS = {
+    "ModalityLUTSequence": _table, "RescaleSlope": _number, "RescaleIntercept": _number,
+    "VOILUTSequence": _table, "WindowCenter": _number, "WindowWidth": _number,
+    "VOILUTFunction": _text, "PixelPaddingValue": _number, "PixelPaddingRangeLimit": _number,
+}
+
+
+def read_hints(dataset) -> dict:
+    """The display hints that a pydicom dataset has, by keyword.
+
+    A number is NaN where it cannot be used; a table (entries, first value mapped) is None.
+    """
+    present = [keyword for keyword in HINTS if keyword in dataset]
+    return {keyword: HINTS[keyword](dataset, keyword) for keyword in present}
+
+
+def read_cells(dataset) -> dict:
+    """Where values lie in the cells of a pydicom dataset, and whether overlays lie there too."""
+    bits = {name: int(dataset.get(name) or 0) for name in ("BitsStored", "HighBit")}
+    positions = [_number(dataset, (group, 0x0102)) for group in range(0x6000, 0x6020, 2)]
+    return bits | {"has_overlay": any(position > 0 for position in positions)}
+
+
+def displayed(cells: np.ndarray, header: dict) -> np.ndarray:
+    """Grey values of a frame's cells (height, width), any scale, air dark; padding is NaN."""
+    values = stored_values(cells, header)
+    shown = _without_padding(values, header)
+    visible = values[shown]
+    for stage in STAGES:
+        visible = _transform(visible, stage, header)
+    if header["PhotometricInterpretation"] == "MONOCHROME1":
+        visible = np.negative(visible, dtype=np.float64)
+    if shown is ...:
+        return visible
+    result = np.full(values.shape, np.nan)
+    result[shown] = visible
+    return result
+
+
+def stored_values(cells: np.ndarray, header: dict) -> np.ndarray:
+    """The Bits Stored bits up to High Bit of each cell (PS3.5 8.1.1), in the type of the cells.
+
+    Bits above them are masked where overlays lie; else values that reach into them are used whole.
+    """
+    width, bits, has_overlay = 8 * cells.itemsize, header["BitsStored"], header["has_overlay"]
+    if cells.dtype.kind == "f" or not 0 < bits < width:
+        return cells
+    shift = max(min(header["HighBit"] + 1, width) - bits, 0)
+    if shift and not has_overlay and _fits(cells, bits) and (cells & (2**shift - 1)).any():
+        note(f"declares High Bit {header['HighBit']}, but its values lie below and are not shifted")
+        shift = 0
+    if not shift and _fits(cells, bits) and cells.dtype.kind == "u":
+        return cells
+    whole = cells >> shift
+    stored = cells << (width - bits - shift) >> (width - bits)  # unused bits now repeat the sign
+    if has_overlay or _fits(whole, bits) or (whole == stored).all():
+        return stored
+    note(f"holds values of more than the {bits} bits that it declares; they are used whole")
+    return whole
+
+
+def _fits(cells, bits):
+    return cells.min() >= 0 and cells.max() < 2**bits
+
+
+def _without_padding(values, header):
+    """Index of the pixels that are not padding (PS3.3 C.7.5.1.1.2)."""
+    for name in ("PixelPaddingRangeLimit", "PixelPaddingValue"):
+        ends = np.array([header.get("PixelPaddingValue", np.nan), header.get(name, np.nan)])
+        if (np.abs(ends) < 2**32).all():
+            # -2000 may be written as 63536
+            low, high = np.sort(ends.astype(np.int64).astype(values.dtype))
+            shown = (values < low) | (values > high)
+            if _varies(values[shown]):
+                return shown
+        if name in header:
+            _leave_out(name)
+    return ...
+
+
+def _varies(values):
+    values = np.asarray(values)
+    if values.dtype.kind == "f":
+        values = values[np.isfinite(values)]
+    return values.size > 0 and values.min() < values.max()
+
+
+def _transform(values, stage, header):
+    """Values after the first transform of a stage that is there and leaves them different."""
+    for hint, function, keywords in stage:
+        given = [header.get(keyword, np.nan) for keyword in keywords]
+        if any(keyword in header for keyword in keywords) and _varies(values):
+            with np.errstate(all="ignore"):
+                changed = function(values, *given, header)
+            if _varies(changed):
+                return changed
+            _leave_out(hint)
+    return values
+
+
+def _look_up(values, table, header):
+    """PS3.3 C.11.1.1 and C.11.2.1.1: values beyond those mapped get the first or last entry."""
+    if table is None:
+        return np.nan
+    entries, first = table
+    if first >= 2**15 and (values.min() < 0 or values.max() < first):
+        first -= 2**16  # a negative number, written as an unsigned one
+    index = np.clip(np.rint(values - float(first)), 0, len(entries) - 1)
+    return entries[np.nan_to_num(index).astype(np.intp)]
+
+
+def _rescale(values, slope, intercept, header):
+    return values * slope + intercept
+
+
+def _window(values, center, width, header):
+    """PS3.3 C.11.2.1.2 and C.11.2.1.3 up to the scale; NaN for a width that is not allowed."""
+    function = header.get("VOILUTFunction", "LINEAR")
+    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        _leave_out("VOI LUT Function")
+        function = "LINEAR"
+    if function == "LINEAR":
+        center, width = center - 0.5, width - 1
+        if width == 0:
+            return values > center
+    if not width > 0:
+        return np.nan
+    distance = (values - center) / width
+    return np.tanh(2 * distance) if function == "SIGMOID" else np.clip(distance, -0.5, 0.5)
+
+
+STAGES = (  # PS3.3 C.11.1 and C.11.2: (name in notes, function, keywords of what it takes)
+    (("Modality LUT", _look_up, ("ModalityLUTSequence",)),
+     ("Rescale Slope and Intercept", _rescale, ("RescaleSlope", "RescaleIntercept"))),
+    (("VOI LUT", _look_up, ("VOILUTSequence",)),
+     ("Window Center and Width", _window, ("WindowCenter", "WindowWidth"))),
+)
+
+
+def unit_range(pixels: np.ndarray) -> np.ndarray:
+    """Scales to 0..1 float32 by the finite values' own range; zeros if they are all the same.
+
+    What is not finite, or too large for differences in float32, becomes 0.
+    """
+    pixels = pixels.astype(np.result_type(pixels.dtype, np.float32))
+    finite = np.abs(pixels) < 1e38
+    if not finite.all():
+        pixels[~finite] = pixels[finite].min() if finite.any() else 0
+    low, high = float(pixels.min()), float(pixels.max())
+    if low == high:
+        return np.zeros(pixels.shape, np.float32)
+    return ((pixels - low) / (high - low)).astype(np.float32)
