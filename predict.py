@@ -7,6 +7,7 @@ Writes annotations.json, submission.csv, images/<patientId>.png and, where a fil
 
 import argparse
 import csv
+import errno
 import io
 import json
 import math
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cache
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -27,8 +29,9 @@ from tqdm import tqdm
 
 from data_processing import warn
 from dataset import rescale_boxes
-from dicom import IMAGE_SIDE, find_dicom_files, read_images
-from job import InputError, atomic_write, default_path, make_folder, require, run
+from dicom import IMAGE_SIDE, INTERNAL_ERROR, find_dicom_files, read_images
+from job import (InputError, atomic_write, default_path, make_folder, require, require_folder, result_folders, run,
+                 usable_cores)
 from metrics import MIN_AREA, parse_boxes, prediction_string
 from model import SMALLEST_GRID, load_checkpoint
 
@@ -39,6 +42,7 @@ TYPICAL_SIDES = (217 / 1024, 298 / 1024)  # median width and height of the chall
 RESCALE_FACTORS = (1, 2, 4, 8, 16)
 LOG_SECONDS = 30  # between progress lines in a job log
 DRAWINGS_WAITING = 64  # more would only fill the memory, and hide a full disk until the end
+NAME_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL)
 OVERLAY_WIDTH, LEGEND_HEIGHT = 512, 24  # pixels
 TRUTH, PREDICTION, HEAT = (64, 220, 120), (255, 208, 48), (255, 72, 32)  # RGB
 
@@ -210,12 +214,23 @@ def _legend(with_truth):
     return strip
 
 
+def picture_path(folder: Path, patient_id: str) -> Path:
+    """The PNG of an id, in UTF-8 whatever the locale."""
+    return folder / os.fsdecode(f"{patient_id}.png".encode())
+
+
 def save_overlay(path, *overlay):
-    """Writes draw_overlay(*overlay) as a PNG."""
+    """Writes draw_overlay(*overlay) as a PNG, and its folder; a name that the disk does not take is printed."""
     content = io.BytesIO()
     draw_overlay(*overlay).save(content, format="PNG", compress_level=1)  # 3 times faster than 6
-    with atomic_write(path) as file:
-        file.write(content.getbuffer())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(content.getbuffer())
+    except OSError as error:
+        if error.errno not in NAME_ERRORS:
+            raise
+        print(f"warning: no picture of {path.stem}: {error.strerror}")
 
 
 def save_overlays(pictures):
@@ -240,10 +255,10 @@ def predict_files(model, files, runtime, *, batch_size, rescale_factor, workers)
     """Yields (patient_id, Reading, mask) for each of files {patient_id: path}; mask None where unreadable."""
     readings = zip(files, read_images(files.values(), rescale_factor=rescale_factor, workers=workers))
     for batch in batched(readings, batch_size):
-        images = [reading.image[None] for _, reading in batch if reading.image is not None]
+        images = [reading.value[0][None] for _, reading in batch if reading.value]
         masks = iter(predict_masks(model, torch.from_numpy(np.stack(images)), runtime) if images else [])
         for patient_id, reading in batch:
-            yield patient_id, reading, None if reading.image is None else next(masks)
+            yield patient_id, reading, next(masks) if reading.value else None
 
 
 def write_text(path, text):
@@ -278,7 +293,7 @@ def add_runtime_options(parser, *, batch_size):
     add("--batch-size", "--bs", type=number(1, math.inf, int), default=batch_size, help="images in a batch")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="where the network runs")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="of the network's arithmetic")
-    add("--workers", type=number(1, math.inf, int), default=os.cpu_count(), help="processes that decode images")
+    add("--workers", type=number(1, math.inf, int), default=usable_cores(), help="processes that decode images")
 
 
 def number(low, high, kind=float):
@@ -294,7 +309,7 @@ def number(low, high, kind=float):
 def main(argv=None):
     args = make_parser().parse_args(argv)
     runtime = choose_runtime(args.device, args.precision)
-    folder = require(args.data, flag="--data", variable="TRAINML_DATA_PATH")
+    folder = require_folder(args.data, flag="--data", variable="TRAINML_DATA_PATH")
     model, checkpoint = load_checkpoint(
         require(args.model, flag="--model", variable="TRAINML_MODEL_PATH"), runtime.device)
     rescale_factor = args.rescale_factor or checkpoint.get("rescale_factor") or 4
@@ -305,7 +320,7 @@ def main(argv=None):
     thresholds = {"box_threshold": BOX_THRESHOLD if best is None else float(best),
                   "gate_threshold": float(checkpoint.get("gate_threshold") or 0),
                   "size_weight": float(checkpoint.get("size_weight", 1))}  # earlier files have none
-    files, skipped = find_dicom_files(folder)
+    files, skipped = find_dicom_files(folder, result_folders(output, folder))
     print(f"{len(files)} files in {folder}; {runtime.device.type}, {runtime.dtype}; {thresholds}")
 
     results = predict_files(model, files, runtime, batch_size=args.batch_size, workers=args.workers,
@@ -319,9 +334,10 @@ def main(argv=None):
                 continue
             if reading.note:
                 notes.append(f"{files[patient_id]} {reading.note}")
-            found = find_boxes(mask, reading.original_size, **thresholds)
+            image, original_size = reading.value
+            found = find_boxes(mask, original_size, **thresholds)
             annotations[patient_id] = prediction_string(*found)
-            yield pictures / f"{patient_id}.png", (reading.image, mask, (*found, reading.original_size))
+            yield picture_path(pictures, patient_id), (image, mask, (*found, original_size))
     if args.save_images:
         save_overlays(annotate())
     else:
@@ -331,13 +347,20 @@ def main(argv=None):
     warn("files are skipped, see skipped.csv", [f"{path} {reason}" for path, reason in skipped])
     found = sum(bool(boxes) for boxes in annotations.values())
     print(f"{len(annotations)} images predicted, {found} with opacities; {len(skipped)} files skipped; see {output}")
-    return 0 if annotations else 1
+    return 0 if annotations and INTERNAL_ERROR not in dict(skipped).values() else 1
 
 
 def write_results(output, annotations, skipped):
-    """Writes annotations.json and submission.csv, and skipped.csv if anything was skipped."""
-    write_text(output / "annotations.json", json.dumps(annotations, indent=1, ensure_ascii=False))
-    write_csv(output / "submission.csv", [("patientId", "PredictionString"), *annotations.items()])
+    """Writes annotations.json and submission.csv, and skipped.csv if anything was skipped.
+
+    Without annotations the results of an earlier run stay, which is printed.
+    """
+    earlier = [path for path in (output / "annotations.json", output / "submission.csv") if path.exists()]
+    if earlier and not annotations:
+        print(f"no image was predicted: {' and '.join(map(str, earlier))} of an earlier run stay as they are")
+    else:
+        write_text(output / "annotations.json", json.dumps(annotations, indent=1, ensure_ascii=False))
+        write_csv(output / "submission.csv", [("patientId", "PredictionString"), *annotations.items()])
     if skipped:
         write_csv(output / "skipped.csv", [("file", "reason"), *skipped])
     else:

@@ -24,14 +24,16 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data_processing import BOX_COLUMNS, check_boxes, read_table, warn
 from dataset import Augmentation, PneumoniaDataset, split_patients
-from dicom import IMAGE_SIDE, find_dicom_files
-from job import InputError, atomic_write, default_path, keep_freed_memory, make_folder, require, run
+from dicom import IMAGE_SIDE, INTERNAL_ERROR, find_dicom_files
+from job import (InputError, atomic_write, default_path, keep_freed_memory, make_folder, require, require_folder,
+                 result_folders, run)
 from metrics import (BOX_THRESHOLDS, GATE_THRESHOLDS, average_precision_image, cross_validated_precision, gate_scores,
                      mean_average_precision, roc_auc, search_thresholds, total_average_precision)
 from model import GRID, PneumoniaUNET, load_checkpoint, save_checkpoint
 from predict import (BOX_THRESHOLD, GATE_THRESHOLD, RESCALE_FACTORS, SIZE_WEIGHT, Runtime, add_runtime_options, batched,
-                     check_side, choose_runtime, draw_overlay, find_boxes, image_confidence, number, predict_masks,
-                     progress, save_overlays, segment, to_network, to_probabilities, write_csv, write_text)
+                     check_side, choose_runtime, draw_overlay, find_boxes, image_confidence, number, picture_path,
+                     predict_masks, progress, save_overlays, segment, to_network, to_probabilities, write_csv,
+                     write_text)
 
 OPTIMIZERS = {  # class, and what our defaults change of its own
     "adam": (torch.optim.Adam, {"lr": 5e-4}),
@@ -66,7 +68,7 @@ def load_data(args):
     """Reads train.csv and prepares its images: (data set, training indices, validation indices)."""
     table = read_table(args.labels, ["patientId", *BOX_COLUMNS, "Target"])
     check_boxes(table, args.labels)
-    files, skipped = find_dicom_files(args.data)
+    files, skipped = find_dicom_files(args.data, result_folders(args.save, Path(args.data)))
     warn("files are left out", [f"{path} {reason}" for path, reason in skipped])
     warn("ids of the table have no image and are left out", sorted(set(table["patientId"]) - files.keys()))
     table = table[table["patientId"].isin(files.keys())]
@@ -393,7 +395,7 @@ def finish(loader, runtime, args, writer):
         dataset, indices = loader.dataset.dataset, loader.dataset.indices
         pictures = overlays(model, dataset, indices, runtime, thresholds)
         pictures = progress(pictures, total=len(indices), description="draw")
-        save_overlays((folder / f"{dataset.patient_ids[index]}.png", overlay) for index, overlay in pictures)
+        save_overlays((picture_path(folder, dataset.patient_ids[index]), overlay) for index, overlay in pictures)
     figures = {"rsna_mean_average_precision": scores["rsna"], "total_average_precision": scores["total"],
                "image_roc_auc": scores["auc"], "validation_loss": scores["loss"],
                "best_threshold": thresholds["box_threshold"], "gate_threshold": thresholds["gate_threshold"],
@@ -419,7 +421,7 @@ def main(argv=None):
     started = time.monotonic()
     args, model, state = parse_args(argv)
     runtime = choose_runtime(args.device, args.precision)
-    require(args.data, flag="--data", variable="TRAINML_DATA_PATH")
+    require_folder(args.data, flag="--data", variable="TRAINML_DATA_PATH")
     require(args.labels, flag="--labels", variable="TRAINML_MODEL_PATH")
     args.save = make_folder(args.save, flag="--save", variable="TRAINML_OUTPUT_PATH")
     print(*(f"{key}={value}" for key, value in vars(args).items()), f"on {runtime.device.type} in {runtime.dtype}")
@@ -460,6 +462,7 @@ def main(argv=None):
     print(f"Image ROC AUC: {figures['image_roc_auc']:.4f}")
     print(f"RSNA Mean Average Precision: {figures['rsna_mean_average_precision']:.4f}")
     print(f"Total Average Precision: {figures['total_average_precision']:.4f}")
+    return 1 if INTERNAL_ERROR in dict(dataset.skipped).values() else 0  # the model is good, the program is not
 
 
 def versions():
