@@ -351,7 +351,8 @@ def make_parser():
 def main(argv=None):
     args = make_parser().parse_args(argv)
     runtime = choose_runtime(args.device, args.precision)
-    folder = require_folder(args.data, flag="--data (python sample_data.py makes one)", variable="TRAINML_DATA_PATH")
+    folder = require_folder(
+        args.data, flag="--data (python sample_data.py makes one)", variable="TRAINML_DATA_PATH")
     files = list(find_dicom_files(folder)[0].values())
     if not files:
         raise InputError(f"no file in {folder}: give the folder that holds the images with --data")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pandas as pd
 
 from dicom import INTERNAL_ERROR, find_dicom_files, read_files, read_header
-from job import (InputError, InternalError, atomic_write, default_path, make_folder, require, require_folder, run,
-                 usable_cores)
+from job import (InputError, InternalError, atomic_write, default_path, make_folder, require,
+                 require_folder, run, usable_cores)
 
 HEADER_COLUMNS = ["patientId", "PatientSex", "PatientAge", "ViewPosition"]
 BOX_COLUMNS = ["x", "y", "width", "height"]
@@ -24,7 +24,8 @@ NAMED = 5  # ids or files named in a warning; the rest are counted
 
 def _header_row(path):
     header = read_header(path)
-    return header | {"PatientSex": _text(header["PatientSex"]), "PatientAge": _age(header["PatientAge"]),
+    return header | {"PatientSex": _text(header["PatientSex"]),
+                     "PatientAge": _age(header["PatientAge"]),
                      "ViewPosition": _text(header["ViewPosition"])}
 
 
@@ -40,10 +41,10 @@ def _age(value):
 
 
 def read_headers(folder):
-    """Table of HEADER_COLUMNS, Rows and Columns with one row per readable DICOM file in `folder`, read on all cores.
+    """Table of HEADER_COLUMNS, Rows and Columns, one row per readable DICOM file in `folder`.
 
-    Its attrs["internal_errors"] counts the files that are left out through a fault of our own. Raises InputError if
-    no file can be read.
+    Its attrs["internal_errors"] counts files left out because of a fault of our own. Raises
+    InputError if there is no readable file, InternalError if that is our own fault.
     """
     files, skipped = find_dicom_files(folder)
     rows = []

@@ -43,8 +43,8 @@ class PneumoniaDataset(Dataset):
     uint8 in a nameless temporary file that is mapped into memory, so nothing of it is left when the run ends, however
     it ends. Unreadable files are left out: `skipped` [(path, reason)].
 
-    Raises InputError if more than MAX_UNREADABLE of the files cannot be read or the disk has no room for the cache,
-    InternalError if our own code is to blame.
+    Raises InputError if more than MAX_UNREADABLE of the files cannot be read, InternalError if our
+    own code is to blame for that, and InputError if there is no room for the cache.
     """
 
     def __init__(self, files, boxes, *, rescale_factor=4, workers=1, progress=iter):
@@ -74,8 +74,9 @@ class PneumoniaDataset(Dataset):
         try:
             cache = tempfile.TemporaryFile()
         except OSError:
-            raise InputError(f"there is no temporary folder to write {size / 1e9:.1f} GB of prepared images to: "
-                             "set TMPDIR to one") from None
+            raise InputError(
+                f"no temporary folder can be written to, and {size / 1e9:.1f} GB of prepared images need "
+                "one: set TMPDIR") from None
         with cache as file:
             try:
                 getattr(os, "posix_fallocate", _extend)(file.fileno(), 0, size)

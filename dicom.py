@@ -1,4 +1,4 @@
-"""DICOM files without PyTorch: finds them in a folder, and reads headers and pixels in processes of their own."""
+"""DICOM files, without PyTorch: finds them in a folder, reads their headers and their pixels."""
 
 import io
 import mmap
@@ -30,8 +30,8 @@ from pydicom.uid import JPEGBaseline8Bit, JPEGExtended12Bit
 
 IMAGE_SIDE = 1024  # pixels a side in the challenge; the network sees IMAGE_SIDE / rescale_factor
 MAX_PIXELS = 2**25  # pixels of one frame, about twice the largest radiographs; more is refused before it is allocated
-TIME_LIMIT = 5  # seconds of CPU time for one file: a busy machine takes no more of it than an idle one
-WAIT_LIMIT = 60  # seconds by the clock, for a reader that sleeps
+TIME_LIMIT = 5  # seconds of CPU time for one file, the same on a busy machine and an idle one
+WAIT_LIMIT = 300  # seconds by the clock until a reader is taken for asleep
 VALUE_TAGS = ("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "WindowCenter", "VOILUTSequence")
 TAGS = ["PatientSex", "PatientAge", "ViewPosition", "Rows", "Columns"]
 TAG_NUMBERS = [Tag(name) for name in TAGS]  # looked up once, not for every file
@@ -40,9 +40,9 @@ INTERNAL_ERROR = "was not read because of an internal error; its traceback is on
 
 
 def patient_id_of(path: Path, folder: Path | None = None) -> str:
-    """The file's stem, or its path below `folder` without suffix; a trailing `.123` is part of a UID.
+    """The file's stem, or its path below `folder` without suffix.
 
-    Bytes that are not UTF-8 become escapes.
+    A trailing `.123` is part of a UID, not a suffix; bytes that are not UTF-8 become escapes.
     """
     name = path.relative_to(folder).as_posix() if folder else path.name
     stem, suffix = os.path.splitext(name)
@@ -54,7 +54,8 @@ def _text(name):
 
 
 def find_dicom_files(
-        folder: Path, leave_out: Iterable[Path] = ()) -> tuple[dict[str, Path], list[tuple[Path, str]]]:
+        folder: Path, leave_out: Iterable[Path] = (),
+) -> tuple[dict[str, Path], list[tuple[Path, str]]]:
     """Searches `folder`, its sub-folders and linked folders, except hidden ones and `leave_out`.
 
     Returns files {patient_id: Path} and skipped [(Path, reason)]. Where stems collide, the ids of
@@ -101,7 +102,8 @@ def _walk(folder, leave_out, skipped):
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        skipped += [(Path(root, name), "is a folder") for name in folders if name.lower().endswith(".dcm")]
+        named = [name for name in folders if name.lower().endswith(".dcm")]
+        skipped += [(Path(root, name), "is a folder") for name in named]
         for name in sorted(names):
             if not name.startswith(".") and name.upper() != "DICOMDIR":
                 yield Path(root, name)
@@ -123,7 +125,7 @@ def _refusal(path, shared):
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Reads TAGS without the pixels: {tag: value or None}; raises UnreadableImage with the reason."""
+    """Reads TAGS without the pixels, as {tag: value or None}; raises UnreadableImage."""
     with decoding_errors():
         header = dcmread(path, stop_before_pixels=True, specific_tags=TAG_NUMBERS)
         return {tag: header.get(tag) for tag in TAGS}
@@ -142,7 +144,7 @@ def reason_of(error: Exception) -> str:
         return "nests its sequences too deeply"
     if "all available plugins" in text:
         return "holds pixels that no decoder can read: they are damaged, or not what the header says"
-    # a message that names a tag or the pixel data is for people; any other is about Python's objects
+    # a message that names a tag or the pixel data is for people; others are about Python objects
     about_dicom = re.search(r"\([0-9A-F]{4},[0-9A-F]{4}\)|pixel data|file position", text)
     if about_dicom and not re.search(r"<|\\x|\bb'", text):
         return f"is damaged or of an unknown kind ({text:.150})"
@@ -260,7 +262,7 @@ def unit_range(pixels):
 
 
 class Reading(NamedTuple):
-    """What became of one file: the `value` read or the `problem`; `note` says what was left out of the value."""
+    """What became of one file: a `value` or a `problem`; `note` tells what the value lacks."""
     value: Any = None
     problem: str = ""
     note: str = ""
@@ -269,7 +271,7 @@ class Reading(NamedTuple):
 
 def _read(function, path, caught):
     caught.clear()
-    _limit_time(TIME_LIMIT, WAIT_LIMIT)
+    _limit_time(TIME_LIMIT)
     try:
         value = function(path)
     except UnreadableImage as error:
@@ -281,11 +283,10 @@ def _read(function, path, caught):
     return Reading(value, note="; ".join(str(warning.message) for warning in caught))
 
 
-def _limit_time(cpu, clock):
-    """Has this process killed after `cpu` seconds of CPU time or `clock` seconds; 0 lifts a limit."""
+def _limit_time(seconds):
+    """Has this process killed by SIGPROF after so many seconds of CPU time; 0 for never."""
     if hasattr(signal, "setitimer"):  # not on Windows
-        signal.setitimer(signal.ITIMER_PROF, cpu)
-        signal.setitimer(signal.ITIMER_REAL, clock)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _serve(connection, parent_end, function):
@@ -300,38 +301,16 @@ def _serve(connection, parent_end, function):
         warnings.simplefilter("always", ImageWarning)
         while True:
             readings = [_read(function, path, caught) for path in connection.recv()]
-            _limit_time(0, 0)
+            _limit_time(0)
             connection.send(readings)
 
 
 _starting = Lock()  # a reader must not inherit the other end of another's pipe before it is closed
 
 
-def _start_reader(function):
-    """A process that runs _serve, and our end of its pipe, which needs no semaphores in /dev/shm."""
-    # fork starts in milliseconds and is safe here: the child runs neither PyTorch nor threads
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    with _starting:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, ours, function), daemon=True)
-        process.start()
-        theirs.close()
-    return process, ours
-
-
-def _end_of(process):
-    """Why a reader ended while it read."""
-    process.join()
-    if -process.exitcode == getattr(signal, "SIGPROF", None):
-        return f"took more than {TIME_LIMIT} seconds of CPU time to decode"
-    if -process.exitcode == getattr(signal, "SIGALRM", None):
-        return f"took more than {WAIT_LIMIT} seconds to read"
-    return "crashed its decoder"
-
-
 def read_files(
-        function: Callable[[Path], Any], paths: Iterable[Path], *, workers: int,
-        chunk_size: int = 8) -> Iterator[Reading]:
+        function: Callable[[Path], Any], paths: Iterable[Path], *, workers: int, chunk_size: int = 8,
+) -> Iterator[Reading]:
     """Yields a Reading of function(path) for each path, in order, from processes that read ahead.
 
     The function raises UnreadableImage for a file that it cannot read, and warns with ImageWarning
@@ -342,23 +321,35 @@ def read_files(
     size = min(chunk_size, len(paths) // (4 * workers) + 1)  # of what a reader gets at a time
     started, idle, window = [], SimpleQueue(), deque()
 
+    # fork starts in milliseconds and is safe here: the child runs neither PyTorch nor threads
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+
     def start():
-        process, connection = _start_reader(function)
+        with _starting:
+            ours, theirs = context.Pipe()  # pipes need no semaphores, so /dev/shm may be missing
+            process = context.Process(target=_serve, args=(theirs, ours, function), daemon=True)
+            process.start()
+            theirs.close()
         started.append(process)
-        idle.put((process, connection))
+        idle.put((process, ours))
 
     def read(chunk):
         process, connection = idle.get()
+        problem = f"took more than {WAIT_LIMIT} seconds to read"
         try:
             connection.send(chunk)
-            if not connection.poll(len(chunk) * (WAIT_LIMIT + 1)):  # Windows has no other limit
-                process.kill()
-            readings = connection.recv()
+            if connection.poll(WAIT_LIMIT):
+                readings = connection.recv()
+                idle.put((process, connection))
+                return readings
         except (EOFError, OSError):
-            start()
-            return _end_of(process)
-        idle.put((process, connection))
-        return readings
+            problem = "crashed its decoder"
+        process.kill()
+        process.join()
+        if -process.exitcode == getattr(signal, "SIGPROF", None):
+            problem = f"took more than {TIME_LIMIT} seconds of CPU time to decode"
+        start()
+        return problem
 
     def take():
         chunk, future = window.popleft()

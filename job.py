@@ -47,7 +47,7 @@ def require_folder(path: str | Path, *, flag: str, variable: str) -> Path:
 
 
 def result_folders(output: Path, data: Path) -> list[Path]:
-    """Folders of results that a search of `data` leaves out: `output` if it lies inside, else those in it."""
+    """What a search of `data` leaves out: `output` if it lies inside, else the results in it."""
     output = output.resolve()
     if data.resolve() in output.parents:
         return [output]
@@ -64,7 +64,8 @@ def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
         cores = os.cpu_count()
     for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroup v2, v1
         with contextlib.suppress(OSError, ValueError):  # no such file; "max"
-            quota, period = map(int, " ".join((cgroup / name).read_text() for name in names).split())
+            texts = [(cgroup / name).read_text() for name in names]
+            quota, period = map(int, " ".join(texts).split())
             if quota > 0:
                 cores = min(cores, math.ceil(quota / period))
     return cores or 1
@@ -131,6 +132,10 @@ def run(main):
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
+        if "No usable temporary directory" in str(error):
+            print(f"{name}: error: no temporary folder can be written to: set TMPDIR to one that can",
+                  file=sys.stderr)
+            sys.exit(2)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):
             raise
         print(f"{name}: error: {error.strerror}: {error.filename or 'output'}; what was written before is intact",

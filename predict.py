@@ -30,8 +30,8 @@ from tqdm import tqdm
 from data_processing import warn
 from dataset import rescale_boxes
 from dicom import IMAGE_SIDE, INTERNAL_ERROR, find_dicom_files, read_images
-from job import (InputError, atomic_write, default_path, make_folder, require, require_folder, result_folders, run,
-                 usable_cores)
+from job import (InputError, atomic_write, default_path, make_folder, require, require_folder,
+                 result_folders, run, usable_cores)
 from metrics import MIN_AREA, parse_boxes, prediction_string
 from model import SMALLEST_GRID, load_checkpoint
 
@@ -42,7 +42,8 @@ TYPICAL_SIDES = (217 / 1024, 298 / 1024)  # median width and height of the chall
 RESCALE_FACTORS = (1, 2, 4, 8, 16)
 LOG_SECONDS = 30  # between progress lines in a job log
 DRAWINGS_WAITING = 64  # more would only fill the memory, and hide a full disk until the end
-NAME_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL)
+NAME_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EILSEQ,
+               errno.EINVAL)  # the picture's name cannot be used; the disk is in order
 OVERLAY_WIDTH, LEGEND_HEIGHT = 512, 24  # pixels
 TRUTH, PREDICTION, HEAT = (64, 220, 120), (255, 208, 48), (255, 72, 32)  # RGB
 
@@ -220,7 +221,7 @@ def picture_path(folder: Path, patient_id: str) -> Path:
 
 
 def save_overlay(path, *overlay):
-    """Writes draw_overlay(*overlay) as a PNG, and its folder; a name that the disk does not take is printed."""
+    """Writes draw_overlay(*overlay) as a PNG; a name that the disk does not take costs the picture."""
     content = io.BytesIO()
     draw_overlay(*overlay).save(content, format="PNG", compress_level=1)  # 3 times faster than 6
     try:
@@ -355,9 +356,10 @@ def write_results(output, annotations, skipped):
 
     Without annotations the results of an earlier run stay, which is printed.
     """
-    earlier = [path for path in (output / "annotations.json", output / "submission.csv") if path.exists()]
+    results = [output / "annotations.json", output / "submission.csv"]
+    earlier = " and ".join(str(path) for path in results if path.exists())
     if earlier and not annotations:
-        print(f"no image was predicted: {' and '.join(map(str, earlier))} of an earlier run stay as they are")
+        print(f"no image was predicted: {earlier} of an earlier run are kept")
     else:
         write_text(output / "annotations.json", json.dumps(annotations, indent=1, ensure_ascii=False))
         write_csv(output / "submission.csv", [("patientId", "PredictionString"), *annotations.items()])

@@ -1,3 +1,4 @@
+import io
 import os
 import zipfile
 from pathlib import Path
@@ -56,11 +57,16 @@ def test_only_cores_of_this_process_count():
         os.sched_setaffinity(0, allowed)
 
 
-def test_an_internal_error_is_one_line_and_status_1(capsys, monkeypatch):
+@pytest.mark.parametrize("error, status, message", [
+    (job.InternalError("nothing could be read"), 1, "error: nothing could be read"),
+    (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), 2, "set TMPDIR to one that can"),
+])
+def test_errors_are_one_line_and_a_status(capsys, monkeypatch, error, status, message):
     def main():
-        raise job.InternalError("nothing could be read")
+        raise error
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    monkeypatch.setattr("sys.stdout", open(os.devnull, "w"))
-    with pytest.raises(SystemExit) as status:
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(SystemExit) as ended:
         job.run(main)
-    assert status.value.code == 1 and capsys.readouterr().err.endswith("error: nothing could be read\n")
+    [line] = capsys.readouterr().err.splitlines()
+    assert ended.value.code == status and line.endswith(message)

@@ -369,6 +369,25 @@ def test_prediction_stops_with_its_readers(phantoms, checkpoint, tmp_path, signu
     assert signum == signal.SIGKILL or not list(output.rglob(".*"))
 
 
+HUNG = """
+import sys, dicom
+def hang(path):
+    print("hung", flush=True)
+    while True:
+        pass
+dicom.TIME_LIMIT = 2
+list(dicom.read_files(hang, ["a", "b"], workers=2))
+"""
+
+
+@needs_proc
+def test_readers_that_hang_do_not_outlive_a_killed_parent():
+    process = subprocess.Popen(command("-c", HUNG), cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert [process.stdout.readline() for _ in range(2)] == ["hung\n"] * 2
+    *_, left = stop(process, signal.SIGKILL)
+    assert not left
+
+
 # Disks
 
 @pytest.mark.parametrize("script, limit, status, old", [
@@ -424,6 +443,55 @@ def test_full_and_read_only_disks(phantoms, train_flags, checkpoint, tmp_path, o
     assert done.returncode == status and re.search(message, only_line(done.stderr))
     content, *names = done.stdout.splitlines()[done.stdout.splitlines().index("old"):]
     assert content == "old" and "output/annotations.json" in names and not any("/." in name for name in names)
+
+
+CONTAINER = """
+mount -t tmpfs -o ro tmpfs /dev/shm
+for folder in /tmp /var/tmp {root}; do mount --rbind $folder $folder; mount -o remount,bind,ro $folder; done
+mount -t tmpfs tmpfs {output}; cd {root}
+"$@"
+"""
+
+
+def run_in_container(output, script, *flags):
+    """Runs a script where only `output` can be written to: no temporary folder, no semaphores."""
+    private = ["unshare", "--mount", "--map-root-user", "sh", "-ec"]
+    if not shutil.which("unshare") or subprocess.run([*private, f"mount -t tmpfs tmpfs '{output}'"]).returncode:
+        pytest.skip("has no right to mount a tmpfs")
+    words = [*private, CONTAINER.format(root=ROOT, output=output), "sh", *command(ROOT / script, *flags)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, env={**os.environ, "TMPDIR": ""})
+
+
+@pytest.mark.parametrize("script", ["data_processing.py", "predict.py"])
+def test_files_are_read_in_a_read_only_container(phantoms, checkpoint, tmp_path, script):
+    images = phantoms / "stage_2_test_images"
+    flags = {"data_processing.py": ["--type", "prediction", "--images", images],
+             "predict.py": ["--data", images, "--model", checkpoint]}[script]
+    done = run_in_container(tmp_path, script, *flags, "--output", tmp_path)
+    assert done.returncode == 0 and not done.stderr and "4 images" in done.stdout.splitlines()[-1]
+
+
+def test_training_without_a_temporary_folder_says_what_to_set(train_flags, tmp_path):
+    (tmp_path / "save").mkdir()
+    done = run_in_container(tmp_path / "save", "train.py", *train_flags, "--save", tmp_path / "save")
+    assert done.returncode == 2 and "set TMPDIR" in only_line(done.stderr)
+
+
+@pytest.mark.parametrize("locale", [{"LANG": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_file_names_that_the_locale_cannot_spell(phantoms, checkpoint, tmp_path, locale):
+    image = next((phantoms / "stage_2_test_images").iterdir())
+    (tmp_path / "data").mkdir()
+    for name in ("plain.dcm", "Ünïcode.dcm", os.fsdecode(b"f\xf6hn.dcm")):
+        shutil.copy(image, tmp_path / "data" / name)
+    environment = {**os.environ, **locale}
+    output = ["--output", tmp_path / "output"]
+    table = run("data_processing.py", "--type", "prediction", "--images", tmp_path / "data", *output, env=environment)
+    done = run("predict.py", "--data", tmp_path / "data", "--model", checkpoint, *output, env=environment)
+    assert table.returncode == done.returncode == 0 and not table.stderr + done.stderr
+    ids = ["plain", "Ünïcode", r"f\xf6hn"]
+    assert sorted(pd.read_csv(tmp_path / "output" / "predict.csv")["patientId"]) == sorted(ids)
+    assert json.loads((tmp_path / "output" / "annotations.json").read_text("utf-8")).keys() == set(ids)
+    assert sorted(path.stem for path in (tmp_path / "output" / "images").iterdir()) == sorted(ids)
 
 
 WRITER = """
