@@ -12,7 +12,6 @@ import argparse
 import io
 import json
 import math
-import os
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -32,7 +31,7 @@ import train
 from data_processing import read_headers
 from dataset import Augmentation, PneumoniaDataset, rescale_boxes
 from dicom import IMAGE_SIDE, TAGS, find_dicom_files
-from job import InputError, default_path, require, run
+from job import InputError, default_path, require_folder, run, usable_cores
 from metrics import BOX_THRESHOLDS, GATE_THRESHOLDS, Evaluation, average_precision_image, search_thresholds
 from model import PneumoniaUNET
 from predict import (BOX_THRESHOLD, RESCALE_FACTORS, Runtime, add_runtime_options, batched, choose_runtime,
@@ -355,15 +354,16 @@ def make_parser():
 def main(argv=None):
     args = make_parser().parse_args(argv)
     runtime = choose_runtime(args.device, args.precision)
-    folder = require(args.data, flag="--data (python sample_data.py makes one)", variable="TRAINML_DATA_PATH")
+    folder = require_folder(
+        args.data, flag="--data (python sample_data.py makes one)", variable="TRAINML_DATA_PATH")
     files = list(find_dicom_files(folder)[0].values())
     if not files:
         raise InputError(f"no file in {folder}: give the folder that holds the images with --data")
     device = torch.cuda.get_device_name() if runtime.device.type == "cuda" else runtime.device.type
-    print(f"{device}, {runtime.dtype}, {os.cpu_count()} cores, {args.workers} workers, batches of {args.batch_size}, "
+    print(f"{device}, {runtime.dtype}, {usable_cores()} cores, {args.workers} workers, batches of {args.batch_size}, "
           f"{IMAGE_SIDE // args.rescale_factor} pixels, median of {args.repeats}; {len(files)} files in {folder}")
 
-    figures = {"device": device, "cores": os.cpu_count(), "dtype": str(runtime.dtype), "arguments": vars(args),
+    figures = {"device": device, "cores": usable_cores(), "dtype": str(runtime.dtype), "arguments": vars(args),
                "versions": train.versions(), "cache_bytes": measure_cache(files, args) if args.cache else None}
     figures["tables"] = [time_stages(files, args.images * factor, runtime, args)
                          for factor in ((1, 2, 4) if args.growth else (1,))]

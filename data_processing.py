@@ -6,18 +6,15 @@
 
 import argparse
 import csv
-import multiprocessing
-import os
 import re
-import warnings
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from dicom import find_dicom_files, limit_memory, read_header
-from job import InputError, atomic_write, default_path, make_folder, require, run
+from dicom import INTERNAL_ERROR, find_dicom_files, read_files, read_header
+from job import (InputError, InternalError, atomic_write, default_path, make_folder, require,
+                 require_folder, run, usable_cores)
 
 HEADER_COLUMNS = ["patientId", "PatientSex", "PatientAge", "ViewPosition"]
 BOX_COLUMNS = ["x", "y", "width", "height"]
@@ -33,19 +30,11 @@ OTHER_KINDS = {  # first bytes of a file named .csv that is not one
 NAMED = 5  # ids or files named in a warning; the rest are counted
 
 
-def _start_reader():
-    limit_memory()
-    warnings.simplefilter("ignore")  # pydicom's on odd headers; what cannot be read is named in the end
-
-
-def _header_row(item):
-    patient_id, path = item
-    try:
-        header = read_header(path)
-    except ValueError as error:
-        return patient_id, str(error)
-    return header | {"patientId": patient_id, "PatientSex": _text(header["PatientSex"]),
-                     "PatientAge": _age(header["PatientAge"]), "ViewPosition": _text(header["ViewPosition"])}
+def _header_row(path):
+    header = read_header(path)
+    return header | {"PatientSex": _text(header["PatientSex"]),
+                     "PatientAge": _age(header["PatientAge"]),
+                     "ViewPosition": _text(header["ViewPosition"])}
 
 
 def _text(value):
@@ -60,19 +49,28 @@ def _age(value):
 
 
 def read_headers(folder):
-    """Table of HEADER_COLUMNS, Rows and Columns with one row per readable DICOM file in `folder`, read on all cores."""
+    """Table of HEADER_COLUMNS, Rows and Columns, one row per readable DICOM file in `folder`.
+
+    Its attrs["internal_errors"] counts files left out because of a fault of our own. Raises
+    InputError if there is no readable file, InternalError if that is our own fault.
+    """
     files, skipped = find_dicom_files(folder)
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    chunk = min(64, len(files) // (4 * os.cpu_count()) + 1)
-    context = multiprocessing.get_context(method)
-    with ProcessPoolExecutor(mp_context=context, initializer=_start_reader) as pool:
-        rows = list(pool.map(_header_row, files.items(), chunksize=chunk))
-    skipped += [(files[row[0]], row[1]) for row in rows if isinstance(row, tuple)]
+    rows = []
+    readings = read_files(_header_row, files.values(), workers=usable_cores(), chunk_size=64)
+    for (patient_id, path), reading in zip(files.items(), readings):
+        if reading.problem:
+            skipped.append((path, reading.problem))
+        else:
+            rows.append({"patientId": patient_id, **reading.value})
     warn("left out, no readable DICOM file", [f"{path} ({reason})" for path, reason in skipped])
-    rows = [row for row in rows if isinstance(row, dict)]
+    internal_errors = sum(reason == INTERNAL_ERROR for _, reason in skipped)
+    if internal_errors and not rows:
+        raise InternalError(f"no header in {folder} could be read")
     if not rows:
         raise InputError(f"no DICOM file in {folder}: give the folder that holds the images with --images")
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    table.attrs["internal_errors"] = internal_errors
+    return table
 
 
 def warn(what, items):
@@ -212,6 +210,7 @@ def build_training_csv(images, labels, output):
          table["patientId"][outside])
     table, beyond = table[~outside].astype({"Target": int}), beyond[~outside]
     warn("boxes reach beyond their image and are clipped in training", table["patientId"][beyond])
+    table.attrs = headers.attrs
     return _write(table[TRAINING_COLUMNS], Path(output, "train.csv"))
 
 
@@ -240,14 +239,15 @@ def make_parser():
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
-    require(args.images, flag="--images", variable="TRAINML_DATA_PATH")
+    require_folder(args.images, flag="--images", variable="TRAINML_DATA_PATH")
     make_folder(args.output, flag="--output", variable="TRAINML_MODEL_PATH")
     if args.type == "prediction":
-        build_prediction_csv(args.images, args.output)
-        return
+        table = build_prediction_csv(args.images, args.output)
+        return 1 if table.attrs["internal_errors"] else 0
     for name in ("stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"):
         require(Path(args.labels, name), flag="--labels", variable="TRAINML_DATA_PATH")
-    build_training_csv(args.images, args.labels, args.output)
+    table = build_training_csv(args.images, args.labels, args.output)
+    return 1 if table.attrs["internal_errors"] else 0
 
 
 if __name__ == "__main__":

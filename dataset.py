@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from dicom import IMAGE_SIDE, load_and_prepare_image, read_images  # noqa: F401, users look for the reader here
-from job import InputError
+from dicom import IMAGE_SIDE, INTERNAL_ERROR, read_images
+from dicom import load_and_prepare_image as load_and_prepare_image  # users look for the reader here
+from job import InputError, InternalError
 
 MAX_UNREADABLE = 0.05  # share of the training images; beyond it something is wrong with the whole folder
-
 
 
 def rescale_boxes(boxes, from_size, to_size):
@@ -44,7 +44,8 @@ class PneumoniaDataset(Dataset):
     "AP" or "PA"} may lack some. The images lie as uint8 in a nameless temporary file that is mapped into memory, so nothing of it is left when the run ends, however
     it ends. Unreadable files are left out: `skipped` [(path, reason)].
 
-    Raises InputError if more than MAX_UNREADABLE of the files cannot be read or the disk has no room for the cache.
+    Raises InputError if more than MAX_UNREADABLE of the files cannot be read, InternalError if our
+    own code is to blame for that, and InputError if there is no room for the cache.
     """
 
     def __init__(self, files, boxes, *, views=None, rescale_factor=4, workers=1, progress=iter):
@@ -53,25 +54,32 @@ class PneumoniaDataset(Dataset):
         self.patient_ids, self.original_sizes, self.skipped, self.notes = [], [], [], []
         readings = read_images(files.values(), rescale_factor=rescale_factor, workers=workers)
         for (patient_id, path), reading in zip(files.items(), progress(readings)):
-            if reading.image is None:
+            if reading.problem:
                 self.skipped.append((path, reading.problem))
                 continue
             if reading.note:
                 self.notes.append((path, reading.note))
-            self.images[len(self.patient_ids)] = reading.image
+            self.images[len(self.patient_ids)], original_size = reading.value
             self.patient_ids.append(patient_id)
-            self.original_sizes.append(reading.original_size)
+            self.original_sizes.append(original_size)
             self._release()
         if len(self.skipped) > MAX_UNREADABLE * len(files):
             path, reason = self.skipped[0]
-            raise InputError(f"{len(self.skipped)} of {len(files)} images cannot be read, more than "
-                             f"{MAX_UNREADABLE:.0%}; the first is {path}: {reason}")
+            kind = InternalError if INTERNAL_ERROR in dict(self.skipped).values() else InputError
+            raise kind(f"{len(self.skipped)} of {len(files)} images cannot be read, more than "
+                       f"{MAX_UNREADABLE:.0%}; the first is {path}: {reason}")
         self.boxes = [np.asarray(boxes[patient_id], float).reshape(-1, 4) for patient_id in self.patient_ids]
         self.views = [(views or {}).get(patient_id, "") for patient_id in self.patient_ids]
 
     def _allocate(self, count):
         size = count * self.side**2
-        with tempfile.TemporaryFile() as file:
+        try:
+            cache = tempfile.TemporaryFile()
+        except OSError:
+            raise InputError(
+                f"no temporary folder can be written to, and {size / 1e9:.1f} GB of prepared images need "
+                "one: set TMPDIR") from None
+        with cache as file:
             try:
                 getattr(os, "posix_fallocate", _extend)(file.fileno(), 0, size)
             except OSError as error:
@@ -83,7 +91,8 @@ class PneumoniaDataset(Dataset):
 
     def _release(self):
         """Hands the mapped pages back to the file cache, so that resident memory does not grow with the data set."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+        if hasattr(self._map, "madvise"):  # not on Windows
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     def __len__(self):
         return len(self.patient_ids)

@@ -1,99 +1,158 @@
-"""DICOM files without PyTorch: which there are in a folder, their headers, their pixels, and the processes that read them."""
+"""DICOM files, without PyTorch: finds them in a folder, reads their headers and their pixels."""
 
 import io
 import mmap
 import multiprocessing
 import os
+import re
 import signal
 import stat
 import sys
+import traceback
 import warnings
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydicom import config, dcmread
 from pydicom.encaps import get_frame
 from pydicom.pixels import apply_color_lut, pixel_array
+from pydicom.tag import Tag
 from pydicom.uid import JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLosslessSV1
 
 from greyscale import ImageWarning, displayed, note, read_cells, read_hints, unit_range
 
 IMAGE_SIDE = 1024  # pixels a side in the challenge; the network sees IMAGE_SIDE / rescale_factor
 MAX_PIXELS = 2**25  # pixels of one frame, about twice the largest radiographs; more is refused before it is allocated
-TIME_LIMIT = 5  # seconds that one file may take
-AHEAD = 16  # files read ahead of the consumer for each worker
+TIME_LIMIT = 5  # seconds of CPU time for one file, the same on a busy machine and an idle one
+WAIT_LIMIT = 300  # seconds by the clock until a reader is taken for asleep
 TAGS = ["PatientSex", "PatientAge", "ViewPosition", "Rows", "Columns"]
+TAG_NUMBERS = [Tag(name) for name in TAGS]  # looked up once, not for every file
+DICOM_SUFFIXES = {"", ".dcm", ".dicom", ".dic", ".ima"}  # and numbers; any other is looked into
+INTERNAL_ERROR = "was not read because of an internal error; its traceback is on stderr"
 
 
-def patient_id_of(path):
-    """The file's stem; a name that ends in digits, such as a bare UID, has no suffix to lose."""
-    return path.name if path.suffix[1:].isdigit() else path.stem
+def patient_id_of(path: Path, folder: Path | None = None) -> str:
+    """The file's stem, or its path below `folder` without suffix.
 
-
-def find_dicom_files(folder):
-    """Looks through `folder` and its sub-folders, hidden files apart.
-
-    Returns files {patient_id: Path} in order of their paths, and skipped [(Path, reason)] for what can be no DICOM file
-    or repeats an earlier file's stem. Contents are not read here.
+    A trailing `.123` is part of a UID, not a suffix; bytes that are not UTF-8 become escapes.
     """
-    files, skipped = {}, []
-    for root, folders, names in os.walk(folder, onerror=lambda e: skipped.append((Path(e.filename), e.strerror))):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        skipped += [(Path(root, name), "is a folder") for name in folders if name.lower().endswith(".dcm")]
-        for path in (Path(root, name) for name in sorted(names) if not name.startswith(".")):
-            reason = _not_a_file(path)
-            first = files.setdefault(patient_id_of(path), path) if reason is None else path
-            if first is not path:
-                reason = f"has the same name as {first}"
+    name = path.relative_to(folder).as_posix() if folder else path.name
+    stem, suffix = os.path.splitext(name)
+    return _text(name if suffix[1:].isdigit() else stem)
+
+
+def _text(name):
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def find_dicom_files(
+        folder: Path, leave_out: Iterable[Path] = (),
+) -> tuple[dict[str, Path], list[tuple[Path, str]]]:
+    """Searches `folder`, its sub-folders and linked folders, except hidden ones and `leave_out`.
+
+    Returns files {patient_id: Path} and skipped [(Path, reason)]. Where stems collide, the ids of
+    all of them are their paths below `folder`, which is printed. Only there, and where the suffix
+    is another kind's, are files opened.
+    """
+    files, skipped, stems, alike = {}, [], defaultdict(list), []
+    for path in _walk(folder, leave_out, skipped):
+        stems[patient_id_of(path)].append(path)
+    for stem, paths in stems.items():
+        found = []
+        for path in paths:
+            reason = _refusal(path, shared=len(paths) > 1)
             if reason:
                 skipped.append((path, reason))
+            else:
+                found.append(path)
+        if len(found) == 1:
+            files[stem] = found[0]
+        else:
+            alike += found
+    ids = Counter(patient_id_of(path, folder) for path in alike)
+    for path in alike:
+        patient_id = patient_id_of(path, folder)
+        if ids[patient_id] > 1:  # in the same folder, with another suffix
+            patient_id = _text(path.relative_to(folder).as_posix())
+        files[patient_id] = path
+    if alike:
+        print(f"{len(alike)} files share their names with others: their ids are their paths below "
+              f"{folder}, such as {patient_id}")
     return files, skipped
 
 
-def _not_a_file(path):
+def _walk(folder, leave_out, skipped):
+    """Yields the paths of files, and searches each real folder once."""
+    def unreadable(error):
+        skipped.append((Path(error.filename), error.strerror))
+
+    seen = {os.path.realpath(path) for path in leave_out} - {os.path.realpath(folder)}
+    for root, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        named = [name for name in folders if name.lower().endswith(".dcm")]
+        skipped += [(Path(root, name), "is a folder") for name in named]
+        for name in sorted(names):
+            if not name.startswith(".") and name.upper() != "DICOMDIR":
+                yield Path(root, name)
+
+
+def _refusal(path, shared):
+    """Why this is not a DICOM file, None if it may be one; `shared`: another file has its stem."""
+    suffix = path.suffix.lower()
     try:
-        mode = path.stat().st_mode
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return "is not a regular file"
+        if shared or (suffix not in DICOM_SUFFIXES and not suffix[1:].isdigit()):
+            with open(path, "rb") as file:
+                return None if file.read(132)[128:] == b"DICM" else "is not a DICOM file"
     except OSError as error:
-        return "is a link to nothing" if path.is_symlink() else error.strerror
-    return None if stat.S_ISREG(mode) else "is no regular file"
+        gone = path.is_symlink() and not path.exists()
+        return "is a link to nothing" if gone else reason_of(error)
+    return None
 
 
-def read_header(path):
-    """Reads the tags of TAGS and nothing of the pixels: {tag: value or None}; raises ValueError if it is no DICOM."""
-    with config.disable_value_validation():
-        try:
-            header = dcmread(path, stop_before_pixels=True, specific_tags=TAGS)
-            return {tag: header.get(tag) for tag in TAGS}
-        except Exception as error:  # pydicom raises many types on a broken file; each means that it cannot be read
-            raise ValueError(reason_of(error)) from None
+def read_header(path: Path) -> dict[str, Any]:
+    """Reads TAGS without the pixels, as {tag: value or None}; raises UnreadableImage."""
+    with decoding_errors():
+        header = dcmread(path, stop_before_pixels=True, specific_tags=TAG_NUMBERS)
+        return {tag: header.get(tag) for tag in TAGS}
 
 
-def reason_of(error):
+def reason_of(error: Exception) -> str:
     """One plain line on why a DICOM file cannot be read, for whatever pydicom or a decoder raised."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be opened: {error.strerror}"
     if "'DICM' prefix" in text:
-        return "is no DICOM file"
+        return "is not a DICOM file"
     if isinstance(error, MemoryError):
         return "takes too much memory to read"
     if isinstance(error, RecursionError):
         return "nests its sequences too deeply"
     if "all available plugins" in text:
         return "holds pixels that no decoder can read: they are damaged, or not what the header says"
-    if isinstance(error, TypeError) or "object has no attribute" in text:  # speaks of Python's objects alone
-        return "has a header that is damaged or lacks a needed value"
-    return f"is damaged or of an unknown kind ({text or type(error).__name__:.150})"
+    # a message that names a tag or the pixel data is for people; others are about Python objects
+    about_dicom = re.search(r"\([0-9A-F]{4},[0-9A-F]{4}\)|pixel data|file position", text)
+    if about_dicom and not re.search(r"<|\\x|\bb'", text):
+        return f"is damaged or of an unknown kind ({text:.150})"
+    return "has a header that is damaged or lacks a needed value"
 
 
-def limit_memory(more=5 * 2**28):
+def limit_memory(more: int = 5 * 2**28) -> None:
     """Lets this process allocate `more` bytes than it holds: some MB of hostile DICOM can inflate to many GB."""
     if sys.platform != "linux":
         return
@@ -226,99 +285,136 @@ def _decode(dataset, header):
 
 
 class Reading(NamedTuple):
-    """What became of one file: `image` uint8 (S, S) or None with the `problem`; `note` says what was left out."""
-    image: np.ndarray | None
-    original_size: tuple[int, int] | None
+    """What became of one file: a `value` or a `problem`; `note` tells what the value lacks."""
+    value: Any = None
     problem: str = ""
     note: str = ""
+    trace: str = ""  # of an error of our own
 
 
-def _read(path, rescale_factor):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            image, original_size = load_and_prepare_image(path, rescale_factor)
-        except UnreadableImage as error:
-            return Reading(None, None, problem=str(error))
-    note = "; ".join(str(warning.message) for warning in caught if issubclass(warning.category, ImageWarning))
-    return Reading((image * 255 + 0.5).astype(np.uint8), original_size, note=note)
+def _read(function, path, caught):
+    caught.clear()
+    _limit_time(TIME_LIMIT)
+    try:
+        value = function(path)
+    except UnreadableImage as error:
+        return Reading(problem=str(error))
+    except MemoryError as error:
+        return Reading(problem=reason_of(error))
+    except Exception:
+        return Reading(problem=INTERNAL_ERROR, trace=traceback.format_exc())
+    return Reading(value, note="; ".join(str(warning.message) for warning in caught))
 
 
-def _serve(connection, parent_end, rescale_factor):
-    """Body of a reader process: quiet, deaf to Ctrl-C, ended by the end of its parent."""
+def _limit_time(seconds):
+    """Has this process killed by SIGPROF after so many seconds of CPU time; 0 for never."""
+    if hasattr(signal, "setitimer"):  # not on Windows
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def _serve(connection, parent_end, function):
+    """Loop of a reader: silences stderr, ignores Ctrl-C, ends when the parent closes the pipe."""
     parent_end.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     limit_memory()
-    while True:
-        try:
-            connection.send(_read(connection.recv(), rescale_factor))
-        except (EOFError, BrokenPipeError):
-            return
+    with warnings.catch_warnings(record=True) as caught, suppress(EOFError, OSError):
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", ImageWarning)
+        while True:
+            readings = [_read(function, path, caught) for path in connection.recv()]
+            _limit_time(0)
+            connection.send(readings)
 
 
-_starting = Lock()  # one at a time: a reader must not inherit the other end of another's pipe before it is closed
+_starting = Lock()  # a reader must not inherit the other end of another's pipe before it is closed
 
 
-class _Reader:
-    """A process that reads one file at a time, replaced when a file crashes its decoder or takes too long."""
+def read_files(
+        function: Callable[[Path], Any], paths: Iterable[Path], *, workers: int, chunk_size: int = 8,
+) -> Iterator[Reading]:
+    """Yields a Reading of function(path) for each path, in order, from processes that read ahead.
 
-    def __init__(self, rescale_factor):
-        self.rescale_factor = rescale_factor
-        self.start()
+    The function raises UnreadableImage for a file that it cannot read, and warns with ImageWarning
+    of what it leaves out; the traceback of any other error is printed once. The files of a reader
+    that crashes or takes too long are tried again one by one while no other is read.
+    """
+    paths, printed = list(paths), {""}
+    size = min(chunk_size, len(paths) // (4 * workers) + 1)  # of what a reader gets at a time
+    started, idle, window = [], SimpleQueue(), deque()
 
-    def start(self):
-        # fork starts in milliseconds and is safe here: the child runs neither PyTorch nor threads
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    # fork starts in milliseconds and is safe here: the child runs neither PyTorch nor threads
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+
+    def start():
         with _starting:
-            self.connection, child_end = context.Pipe()
-            arguments = (child_end, self.connection, self.rescale_factor)
-            self.process = context.Process(target=_serve, args=arguments, daemon=True)
-            self.process.start()
-            child_end.close()
+            ours, theirs = context.Pipe()  # pipes need no semaphores, so /dev/shm may be missing
+            process = context.Process(target=_serve, args=(theirs, ours, function), daemon=True)
+            process.start()
+            theirs.close()
+        started.append(process)
+        idle.put((process, ours))
 
-    def stop(self):
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
-
-    def read(self, path):
+    def read(chunk):
+        process, connection = idle.get()
+        problem = f"took more than {WAIT_LIMIT} seconds to read"
         try:
-            self.connection.send(path)
-            if self.connection.poll(TIME_LIMIT):
-                return self.connection.recv()
-            problem = f"took more than {TIME_LIMIT} seconds to decode"
+            connection.send(chunk)
+            if connection.poll(WAIT_LIMIT):
+                readings = connection.recv()
+                idle.put((process, connection))
+                return readings
         except (EOFError, OSError):
             problem = "crashed its decoder"
-        self.stop()
-        self.start()
-        return Reading(None, None, problem=problem)
+        process.kill()
+        process.join()
+        if -process.exitcode == getattr(signal, "SIGPROF", None):
+            problem = f"took more than {TIME_LIMIT} seconds of CPU time to decode"
+        start()
+        return problem
 
+    def take():
+        chunk, future = window.popleft()
+        readings = future.result()
+        if isinstance(readings, str):
+            wait([future for _, future in window])
+            again = [read([path]) for path in chunk]
+            readings = [Reading(problem=one) if isinstance(one, str) else one[0] for one in again]
+        for reading in readings:
+            place = reading.trace.rstrip().rpartition("\n")[0]
+            if place not in printed:
+                print(reading.trace, file=sys.stderr)
+                printed.add(place)
+        return readings
 
-def read_images(paths, *, rescale_factor, workers):
-    """Yields a Reading for each path, in order, decoded by `workers` processes up to AHEAD files ahead each."""
-    idle, window = SimpleQueue(), deque()
-    readers = [_Reader(rescale_factor) for _ in range(workers)]
-    for reader in readers:
-        idle.put(reader)
-
-    def read(path):
-        reader = idle.get()
-        try:
-            return reader.read(path)
-        finally:
-            idle.put(reader)
-
+    for _ in range(min(workers, len(paths))):
+        start()
     pool = ThreadPoolExecutor(workers)
     try:
-        for path in paths:
-            window.append(pool.submit(read, path))
-            if len(window) > AHEAD * workers:
-                yield window.popleft().result()
+        for first in range(0, len(paths), size):
+            chunk = paths[first:first + size]
+            window.append((chunk, pool.submit(read, chunk)))
+            if len(window) > 2 * workers:
+                yield from take()
         while window:
-            yield window.popleft().result()
+            yield from take()
     finally:
-        pool.shutdown(cancel_futures=True)
-        for reader in readers:
-            reader.stop()
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in started:
+            process.kill()
+        pool.shutdown()
+        for process in started:
+            process.kill()
+            process.join()
+
+
+def read_images(paths: Iterable[Path], *, rescale_factor: int, workers: int) -> Iterator[Reading]:
+    """Yields a Reading of read_image for each path, in order."""
+    return read_files(partial(read_image, rescale_factor=rescale_factor), paths, workers=workers)
+
+
+def read_image(path: Path, rescale_factor: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """load_and_prepare_image with the image as uint8 (S, S) in 0..255."""
+    image, original_size = load_and_prepare_image(path, rescale_factor)
+    return (image * 255 + 0.5).astype(np.uint8), original_size

@@ -4,10 +4,12 @@ whole or not at all, signals, and mistakes told in one line."""
 import contextlib
 import ctypes
 import errno
+import math
 import os
 import signal
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
 FOLDERS = {"TRAINML_DATA_PATH": "data", "TRAINML_MODEL_PATH": ".", "TRAINML_OUTPUT_PATH": "output"}
@@ -15,6 +17,10 @@ FOLDERS = {"TRAINML_DATA_PATH": "data", "TRAINML_MODEL_PATH": ".", "TRAINML_OUTP
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message holds the found value and the remedy."""
+
+
+class InternalError(RuntimeError):
+    """A fault of our own, whose traceback is already printed, leaves nothing to go on with."""
 
 
 def default_path(variable, *parts):
@@ -28,6 +34,42 @@ def require(path, *, flag, variable=None):
         remedy = f", or set {variable}" if variable else ""
         raise InputError(f"{path} does not exist: give another with {flag}{remedy}")
     return Path(path)
+
+
+def require_folder(path: str | Path, *, flag: str, variable: str) -> Path:
+    """Returns `path` as a Path; raises InputError if there is nothing, or a file."""
+    path = require(path, flag=flag, variable=variable)
+    if path.is_dir():
+        return path
+    kind, remedy = "a file", "the folder that holds it"
+    if path.is_file() and zipfile.is_zipfile(path):
+        kind, remedy = "a zip file", "the folder it unpacks to"
+    raise InputError(f"{path} is {kind}, not a folder: give {remedy} with {flag}, or set {variable}")
+
+
+def result_folders(output: Path, data: Path) -> list[Path]:
+    """What a search of `data` leaves out: `output` if it lies inside, else the results in it."""
+    output = output.resolve()
+    if data.resolve() in output.parents:
+        return [output]
+    return [output / name for name in ("images", "validation", "logs")]
+
+
+def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may use: a job or a container often has fewer than the machine."""
+    if hasattr(os, "process_cpu_count"):
+        cores = os.process_cpu_count()
+    elif hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count()
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroup v2, v1
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+            texts = [(cgroup / name).read_text() for name in names]
+            quota, period = map(int, " ".join(texts).split())
+            if quota > 0:
+                cores = min(cores, math.ceil(quota / period))
+    return cores or 1
 
 
 def make_folder(path, *, flag, variable):
@@ -87,7 +129,14 @@ def run(main):
     except InputError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except InternalError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        sys.exit(1)
     except OSError as error:
+        if "No usable temporary directory" in str(error):
+            print(f"{name}: error: no temporary folder can be written to: set TMPDIR to one that can",
+                  file=sys.stderr)
+            sys.exit(2)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):
             raise
         print(f"{name}: error: {error.strerror}: {error.filename or 'output'}; what was written before is intact",

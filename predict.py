@@ -7,6 +7,7 @@ Writes annotations.json, submission.csv, images/<patientId>.png and, where a fil
 
 import argparse
 import csv
+import errno
 import io
 import json
 import math
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cache
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -27,8 +29,9 @@ from tqdm import tqdm
 
 from data_processing import read_labels, warn
 from dataset import rescale_boxes
-from dicom import IMAGE_SIDE, find_dicom_files, read_images
-from job import InputError, atomic_write, default_path, make_folder, require, run
+from dicom import IMAGE_SIDE, INTERNAL_ERROR, find_dicom_files, read_images
+from job import (InputError, atomic_write, default_path, make_folder, require, require_folder,
+                 result_folders, run, usable_cores)
 from metrics import (MIN_AREA, Evaluation, Thresholds, average_precision_image, parse_boxes, prediction_string,
                      score_lines, summarize)
 from model import SMALLEST_GRID, load_checkpoint
@@ -40,6 +43,8 @@ TYPICAL_SIDES = (217 / 1024, 298 / 1024)  # median width and height of the chall
 RESCALE_FACTORS = (1, 2, 4, 8, 16)
 LOG_SECONDS = 30  # between progress lines in a job log
 DRAWINGS_WAITING = 64  # more would only fill the memory, and hide a full disk until the end
+NAME_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EILSEQ,
+               errno.EINVAL)  # the picture's name cannot be used; the disk is in order
 OVERLAY_WIDTH, LEGEND_HEIGHT, CAPTION_HEIGHT = 512, 24, 20  # pixels
 TRUTH, PREDICTION, HEAT = (64, 220, 120), (255, 208, 48), (255, 72, 32)  # RGB
 
@@ -212,12 +217,23 @@ def _legend(with_truth):
     return strip
 
 
+def picture_path(folder: Path, patient_id: str) -> Path:
+    """The PNG of an id, in UTF-8 whatever the locale."""
+    return folder / os.fsdecode(f"{patient_id}.png".encode())
+
+
 def save_overlay(path, *overlay):
-    """Writes draw_overlay(*overlay) as a PNG."""
+    """Writes draw_overlay(*overlay) as a PNG; a name that the disk does not take costs the picture."""
     content = io.BytesIO()
     draw_overlay(*overlay).save(content, format="PNG", compress_level=1)  # 3 times faster than 6
-    with atomic_write(path) as file:
-        file.write(content.getbuffer())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(content.getbuffer())
+    except OSError as error:
+        if error.errno not in NAME_ERRORS:
+            raise
+        print(f"warning: no picture of {path.stem}: {error.strerror}")
 
 
 def save_overlays(pictures):
@@ -242,10 +258,10 @@ def predict_files(model, files, runtime, *, batch_size, rescale_factor, workers)
     """Yields (patient_id, Reading, mask) for each of files {patient_id: path}; mask None where unreadable."""
     readings = zip(files, read_images(files.values(), rescale_factor=rescale_factor, workers=workers))
     for batch in batched(readings, batch_size):
-        images = [reading.image[None] for _, reading in batch if reading.image is not None]
+        images = [reading.value[0][None] for _, reading in batch if reading.value]
         masks = iter(predict_masks(model, torch.from_numpy(np.stack(images)), runtime) if images else [])
         for patient_id, reading in batch:
-            yield patient_id, reading, None if reading.image is None else next(masks)
+            yield patient_id, reading, next(masks) if reading.value else None
 
 
 def write_text(path, text):
@@ -281,7 +297,7 @@ def add_runtime_options(parser, *, batch_size):
     add("--batch-size", "--bs", type=number(1, math.inf, int), default=batch_size, help="images in a batch")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="where the network runs")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="of the network's arithmetic")
-    add("--workers", type=number(1, math.inf, int), default=os.cpu_count(), help="processes that decode images")
+    add("--workers", type=number(1, math.inf, int), default=usable_cores(), help="processes that decode images")
 
 
 def number(low, high, kind=float):
@@ -297,7 +313,7 @@ def number(low, high, kind=float):
 def main(argv=None):
     args = make_parser().parse_args(argv)
     runtime = choose_runtime(args.device, args.precision)
-    folder = require(args.data, flag="--data", variable="TRAINML_DATA_PATH")
+    folder = require_folder(args.data, flag="--data", variable="TRAINML_DATA_PATH")
     if args.labels:
         require(args.labels, flag="--labels")
     model, checkpoint = load_checkpoint(
@@ -308,7 +324,7 @@ def main(argv=None):
     pictures = make_folder(output / "images", flag="--output", variable="TRAINML_OUTPUT_PATH")
     thresholds = thresholds_of(checkpoint)
     boxes, views = read_labels(args.labels) if args.labels else ({}, {})
-    files, skipped = find_dicom_files(folder)
+    files, skipped = find_dicom_files(folder, result_folders(output, folder))
     print(f"{len(files)} files in {folder}; {runtime.device.type}, {runtime.dtype}; {thresholds}")
 
     results = predict_files(model, files, runtime, batch_size=args.batch_size, workers=args.workers,
@@ -322,15 +338,15 @@ def main(argv=None):
                 continue
             if reading.note:
                 notes.append(f"{files[patient_id]} {reading.note}")
-            found = find_boxes(mask, reading.original_size, box_threshold=thresholds.box,
+            image, original_size = reading.value
+            found = find_boxes(mask, original_size, box_threshold=thresholds.box,
                                gate_threshold=thresholds.gate, size_weight=float(checkpoint.get("size_weight", 1)))
             annotations[patient_id] = prediction_string(*found)
             truth = boxes.get(patient_id)
             if truth is not None:
                 scored.append((image_confidence(mask), len(truth) > 0, views[patient_id],
                                average_precision_image(*found, truth)))
-            yield pictures / f"{patient_id}.png", (reading.image, mask, (*found, reading.original_size), truth,
-                                                   str(thresholds))
+            yield picture_path(pictures, patient_id), (image, mask, (*found, original_size), truth, str(thresholds))
     if args.save_images:
         save_overlays(annotate())
     else:
@@ -342,7 +358,7 @@ def main(argv=None):
     print(f"{len(annotations)} images predicted, {found} with opacities; {len(skipped)} files skipped; see {output}")
     if args.labels:
         print_scores(scored, boxes.keys() - annotations.keys(), annotations.keys() - boxes.keys())
-    return 0 if annotations else 1
+    return 0 if annotations and INTERNAL_ERROR not in dict(skipped).values() else 1
 
 
 def thresholds_of(checkpoint):
@@ -363,9 +379,17 @@ def print_scores(scored, missing, unlabelled):
 
 
 def write_results(output, annotations, skipped):
-    """Writes annotations.json and submission.csv, and skipped.csv if anything was skipped."""
-    write_text(output / "annotations.json", json.dumps(annotations, indent=1, ensure_ascii=False))
-    write_csv(output / "submission.csv", [("patientId", "PredictionString"), *annotations.items()])
+    """Writes annotations.json and submission.csv, and skipped.csv if anything was skipped.
+
+    Without annotations the results of an earlier run stay, which is printed.
+    """
+    results = [output / "annotations.json", output / "submission.csv"]
+    earlier = " and ".join(str(path) for path in results if path.exists())
+    if earlier and not annotations:
+        print(f"no image was predicted: {earlier} of an earlier run are kept")
+    else:
+        write_text(output / "annotations.json", json.dumps(annotations, indent=1, ensure_ascii=False))
+        write_csv(output / "submission.csv", [("patientId", "PredictionString"), *annotations.items()])
     if skipped:
         write_csv(output / "skipped.csv", [("file", "reason"), *skipped])
     else:

@@ -247,7 +247,11 @@ def write_images(folder, count, *, seed, split, workers=None):
     """Writes `count` images into a new `folder` on all cores, or on `workers`; returns their ids, classes, boxes."""
     Path(folder).mkdir()
     write = functools.partial(write_patient, folder=folder, seed=seed, split=split)
-    with ProcessPoolExecutor(workers) as pool:
+    try:
+        pool = ProcessPoolExecutor(workers)
+    except OSError:  # its semaphores need /dev/shm, which a container may lack
+        return [write(index) for index in range(count)]
+    with pool:
         return list(pool.map(write, range(count), chunksize=4))
 
 

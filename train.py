@@ -24,14 +24,16 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data_processing import read_labels, warn
 from dataset import Augmentation, PneumoniaDataset, split_fold, split_patients
-from dicom import IMAGE_SIDE, find_dicom_files
-from job import InputError, atomic_write, default_path, keep_freed_memory, make_folder, require, run
+from dicom import IMAGE_SIDE, INTERNAL_ERROR, find_dicom_files
+from job import (InputError, atomic_write, default_path, keep_freed_memory, make_folder, require, require_folder,
+                 result_folders, run)
 from metrics import (BOX_THRESHOLDS, GATE_THRESHOLDS, Evaluation, Thresholds, average_precision_image, score_lines,
                      search_thresholds, summarize)
 from model import GRID, PneumoniaUNET, load_checkpoint, save_checkpoint
 from predict import (BOX_THRESHOLD, GATE_THRESHOLD, RESCALE_FACTORS, SIZE_WEIGHT, Runtime, add_runtime_options, batched,
-                     check_side, choose_runtime, draw_overlay, find_boxes, image_confidence, number, predict_masks,
-                     progress, save_overlays, segment, to_network, to_probabilities, write_csv, write_text)
+                     check_side, choose_runtime, draw_overlay, find_boxes, image_confidence, number, picture_path,
+                     predict_masks, progress, save_overlays, segment, to_network, to_probabilities, write_csv,
+                     write_text)
 
 OPTIMIZERS = {  # class, and what our defaults change of its own
     "adam": (torch.optim.Adam, {"lr": 5e-4}),
@@ -65,7 +67,7 @@ def load_data(args):
     """Reads the labels and prepares their images: the data set and {part: indices}, the parts being training,
     validation and, with --folds, test."""
     boxes, views = read_labels(args.labels)
-    files, skipped = find_dicom_files(args.data)
+    files, skipped = find_dicom_files(args.data, result_folders(args.save, Path(args.data)))
     warn("files are left out", [f"{path} {reason}" for path, reason in skipped])
     warn("ids of the table have no image and are left out", sorted(boxes.keys() - files.keys()))
     labels = {patient_id: len(boxes[patient_id]) > 0 for patient_id in boxes if patient_id in files}
@@ -430,7 +432,7 @@ def finish(training, loaders, history, args, writer):
         dataset, indices = scored.dataset.dataset, scored.dataset.indices
         pictures = overlays(model, dataset, indices, runtime, thresholds)
         pictures = progress(pictures, total=len(indices), description="draw")
-        save_overlays((folder / f"{dataset.patient_ids[index]}.png", overlay) for index, overlay in pictures)
+        save_overlays((picture_path(folder, dataset.patient_ids[index]), overlay) for index, overlay in pictures)
     figures = {"rsna_mean_average_precision": scores["rsna"], "rsna_standard_error": scores["rsna_standard_error"],
                "total_average_precision": scores["total"], "image_roc_auc": scores["auc"],
                "image_roc_auc_AP": scores["auc_AP"], "image_roc_auc_PA": scores["auc_PA"],
@@ -454,7 +456,7 @@ def main(argv=None):
     started = time.monotonic()
     args, model, state = parse_args(argv)
     runtime = choose_runtime(args.device, args.precision)
-    require(args.data, flag="--data", variable="TRAINML_DATA_PATH")
+    require_folder(args.data, flag="--data", variable="TRAINML_DATA_PATH")
     require(args.labels, flag="--labels", variable="TRAINML_MODEL_PATH")
     args.save = make_folder(args.save, flag="--save", variable="TRAINML_OUTPUT_PATH")
     print(*(f"{key}={value}" for key, value in vars(args).items()), f"on {runtime.device.type} in {runtime.dtype}")
@@ -493,6 +495,8 @@ def main(argv=None):
         indent=1))
     print(thresholds)
     print(*score_lines(scores, len(final_loaders[-1].dataset)), sep="\n")
+    # the other images make a good model, but nobody may miss that some were lost by our own fault
+    return 1 if INTERNAL_ERROR in dict(dataset.skipped).values() else 0
 
 
 def versions():

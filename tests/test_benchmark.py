@@ -16,8 +16,10 @@ def small_matrices(monkeypatch):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
+    """Three images, and a table, which is left out."""
     folder = tmp_path_factory.mktemp("benchmark") / "phantoms"
     sample_data.write_images(folder, 3, seed=0, split=0)
+    (folder / "labels.csv").write_text("patientId,Target\n")
     return folder
 
 

@@ -1,11 +1,14 @@
 import gzip
+import os
+import signal
+import zipfile
 
 import numpy as np
 import pandas as pd
 import pytest
 
 import data_processing as dp
-from job import InputError
+from job import InputError, InternalError
 
 PIXELS = np.zeros((8, 8), np.uint8)
 LABELS = "patientId,x,y,width,height,Target\na,1,2,3,4,1\na,5,1,2,2,1\nb,,,,,0\nc,,,,,0\n"
@@ -166,6 +169,53 @@ def test_a_failed_write_leaves_the_old_table(study, monkeypatch):
         build(study)
     assert (study / "train.csv").read_bytes() == before
     assert not list(study.glob(".*"))
+
+
+def test_a_crash_in_a_header_costs_one_file(study, monkeypatch, capsys):
+    def read(path, read_header=dp.read_header):
+        if path.stem == "b":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read_header(path)
+    monkeypatch.setattr(dp, "read_header", read)
+    assert build(study)["patientId"].tolist() == ["a", "a", "c"]
+    assert "b.dcm (crashed its decoder)" in capsys.readouterr().out
+
+
+def fail_on(names, monkeypatch):
+    def read(path, read_header=dp.read_header):
+        return read_header(path) if path.stem not in names else None.mistake
+    monkeypatch.setattr(dp, "read_header", read)
+
+
+@pytest.mark.parametrize("kind", ["training", "prediction"])
+def test_an_internal_error_costs_its_file_and_ends_with_status_1(study, monkeypatch, capfd, kind):
+    fail_on("b", monkeypatch)
+    flags = ["--images", study / "images", "--labels", study, "--output", study, "--type", kind]
+    assert dp.main([str(flag) for flag in flags]) == 1
+    table = pd.read_csv(study / {"training": "train.csv", "prediction": "predict.csv"}[kind])
+    assert set(table["patientId"]) == {"a", "c"}
+    output = capfd.readouterr()
+    assert output.err.count("Traceback") == 1 and "b.dcm (was not read because of an internal error" in output.out
+
+
+def test_internal_errors_alone_are_not_blamed_on_the_folder(study, monkeypatch):
+    fail_on("abc", monkeypatch)
+    with pytest.raises(InternalError):
+        dp.read_headers(study / "images")
+
+
+def test_a_file_name_in_latin_1_costs_nothing(study, write_dicom):
+    write_dicom(study / "images" / os.fsdecode(b"f\xf6hn.dcm"), PIXELS)
+    dp.build_prediction_csv(study / "images", study)
+    ids = pd.read_csv(study / "predict.csv")["patientId"].tolist()
+    assert ids == ["a", "b", "c", r"f\xf6hn"]
+
+
+def test_a_zip_file_is_named_as_one(tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("a.dcm", b"")
+    with pytest.raises(InputError, match="images.zip is a zip file, not a folder.*--images"):
+        dp.main(["--images", str(tmp_path / "images.zip"), "--output", str(tmp_path)])
 
 
 def test_missing_folder_is_named_with_flag_and_variable(tmp_path):

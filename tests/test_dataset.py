@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import dataset as ds
-from job import InputError
+import dicom
+from job import InputError, InternalError
 from metrics import parse_boxes
 
 GRADIENT = np.add.outer(np.arange(64), 2 * np.arange(64))  # 0..189
@@ -68,6 +69,27 @@ def test_no_room_for_the_cache_is_found_out_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     with pytest.raises(InputError, match="no room for .* GB .*TMPDIR"):
         ds.PneumoniaDataset({"a": tmp_path / "a.dcm"}, {"a": ()})
+
+
+def test_without_a_temporary_folder_a_line_says_what_to_set(tmp_path, monkeypatch):
+    def refuse():
+        raise FileNotFoundError(2, "No usable temporary directory found")
+    monkeypatch.setattr(ds.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(InputError, match="no temporary folder .*TMPDIR"):
+        ds.PneumoniaDataset({"a": tmp_path / "a.dcm"}, {"a": ()})
+
+
+def test_the_cache_does_without_madvise(small_dataset):
+    images = small_dataset.images.copy()
+    small_dataset._map = object()  # Windows has no such call
+    np.testing.assert_array_equal(small_dataset.__getitems__([0, 1])[0][:, 0], images[:2])
+
+
+def test_internal_errors_are_not_blamed_on_the_images(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(dicom, "load_and_prepare_image", None)
+    with pytest.raises(InternalError, match="1 of 1 images cannot be read.*internal error"):
+        ds.PneumoniaDataset({"a": tmp_path / "a.dcm"}, {"a": ()}, rescale_factor=16)
+    assert "Traceback" in capfd.readouterr().err
 
 
 def test_split_is_seeded_stratified_and_independent_of_order():

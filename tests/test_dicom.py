@@ -1,6 +1,8 @@
+import _multiprocessing
 import io
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -165,31 +167,197 @@ def test_unusable_files_say_why(tmp_path, write_dicom):
             prepare(tmp_path / f"{name}.dcm")
 
 
-def test_reader_processes_keep_order_and_survive_crashes_and_hangs(tmp_path, write_dicom, monkeypatch):
-    paths = [write_dicom(tmp_path / f"{i}.dcm", np.full((8, 8), i, np.uint8)) for i in range(8)]
+def numbers(folder, count):
+    return [folder / str(number) for number in range(count)]
 
-    def read(path, rescale_factor):
-        if path.stem == "3":
+
+def test_files_are_read_in_order(tmp_path):
+    paths = numbers(tmp_path, 100)
+    readings = dicom.read_files(lambda path: path.name, paths, workers=2)
+    assert [reading.value for reading in readings] == [path.name for path in paths]
+
+
+def test_a_crash_costs_one_file(tmp_path):
+    def read(path):
+        if path.name == "3":
             os.kill(os.getpid(), signal.SIGKILL)
-        if path.stem == "5":
-            signal.pause()
-        return dicom.Reading(np.uint8([[int(path.stem)]]), (8, 8))
-    monkeypatch.setattr(dicom, "_read", read)  # the readers are forked, so they see it
-    monkeypatch.setattr(dicom, "TIME_LIMIT", 0.5)
-    readings = list(dicom.read_images(paths, rescale_factor=16, workers=2))
-    assert [reading.problem or int(reading.image[0, 0]) for reading in readings] == [
-        0, 1, 2, "crashed its decoder", 4, "took more than 0.5 seconds to decode", 6, 7]
+        return path.name
+    readings = list(dicom.read_files(read, numbers(tmp_path, 20), workers=2))
+    assert [reading.value for reading in readings if not reading.problem] == [
+        str(number) for number in range(20) if number != 3]
+    assert readings[3].problem == "crashed its decoder"
+
+
+@pytest.mark.parametrize("limit, hang, problem", [
+    ("TIME_LIMIT", "while True: pass", "took more than 0.3 seconds of CPU time to decode"),
+    ("WAIT_LIMIT", "signal.pause()", "took more than 0.3 seconds to read")])
+def test_a_hang_costs_one_file(tmp_path, monkeypatch, limit, hang, problem):
+    def read(path):
+        if path.name == "3":
+            exec(hang)
+        return path.name
+    monkeypatch.setattr(dicom, limit, 0.3)  # the readers are forked, so they see it
+    readings = list(dicom.read_files(read, numbers(tmp_path, 8), workers=2))
+    assert [reading.problem or reading.value for reading in readings] == [
+        "0", "1", "2", problem, "4", "5", "6", "7"]
+
+
+def test_a_file_that_ended_its_reader_is_tried_again_while_no_other_is_read(tmp_path):
+    def read(path):
+        tried, busy = path.with_suffix(".tried"), path.with_suffix(".busy")
+        again = tried.exists()
+        tried.touch()
+        busy.touch()
+        if path.name == "9" and not again:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.02)
+        others = sorted(tmp_path.glob("*.busy"))
+        busy.unlink()
+        return [other.stem for other in others] if again else None
+    readings = list(dicom.read_files(read, numbers(tmp_path, 40), workers=2))
+    assert not any(reading.problem for reading in readings) and readings[9].value == ["9"]
+
+
+def test_the_same_files_are_read_on_one_core_with_many_workers(tmp_path, monkeypatch):
+    def read(path):
+        started = time.process_time()
+        while time.process_time() - started < 0.25:
+            pass
+    monkeypatch.setattr(dicom, "TIME_LIMIT", 1)  # the eight together take two seconds
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        readings = list(dicom.read_files(read, numbers(tmp_path, 8), workers=8))
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert not [reading.problem for reading in readings if reading.problem]
+
+
+def test_an_error_of_our_own_is_printed_once_and_costs_its_files(tmp_path, capfd):
+    def read(path):
+        if path.name in "357":
+            raise KeyError(path.name)
+        return path.name
+    readings = list(dicom.read_files(read, numbers(tmp_path, 10), workers=2))
+    assert [reading.value for reading in readings] == ["0", "1", "2", None, "4", None, "6", None, "8", "9"]
+    assert {reading.problem for reading in readings} == {"", dicom.INTERNAL_ERROR}
+    errors = capfd.readouterr().err
+    assert errors.count("Traceback") == 1 and "KeyError: '3'" in errors
+
+
+def test_files_are_read_without_semaphores(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise FileNotFoundError(2, "No such file or directory")
+    monkeypatch.setattr(_multiprocessing, "SemLock", refuse)
+    assert len(list(dicom.read_files(str, numbers(tmp_path, 10), workers=2))) == 10
+
+
+@pytest.mark.parametrize("error", [
+    KeyError("Rows"), TypeError("'<=' not supported between instances of 'int' and 'list'"),
+    AttributeError("'FileDataset' object has no attribute 'Rows'"), ValueError(r"invalid literal for int(): b'\x03'"),
+    ValueError("could not broadcast input array from shape (15000,) into shape (30000,)"),
+    OSError("cannot identify image file <_io.BytesIO object at 0x7f5c>, no pixel data")])
+def test_a_reason_shows_no_python(error):
+    assert dicom.reason_of(error) == "has a header that is damaged or lacks a needed value"
+
+
+def test_a_reason_quotes_what_pydicom_says_of_the_file():
+    assert "Missing required element: (0028,0100)" in dicom.reason_of(
+        AttributeError("Missing required element: (0028,0100) 'Bits Allocated'"))
+
+
+# Finding files
+
+def touch(path, content=bytes(128) + b"DICM"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def find(folder, *leave_out):
+    """Ids {patient_id: path} and reasons {path: reason}, paths as text below the folder."""
+    files, skipped = dicom.find_dicom_files(folder, leave_out)
+    return ({key: path.relative_to(folder).as_posix() for key, path in files.items()},
+            {path.relative_to(folder).as_posix(): reason for path, reason in skipped})
 
 
 def test_files_are_found_in_sub_folders_whatever_their_case(tmp_path):
-    (tmp_path / "x.dcm" / "deep").mkdir(parents=True)
-    names = ["x.dcm/deep/Ünïcode name.DCM", "1.2.840.10008", "1.2.840.10009", "b.dcm", "x.dcm/b.dcm", ".hidden.dcm"]
+    names = ["x.dcm/deep/Ünïcode name.DCM", "1.2.840.10008", "1.2.840.10009", "b.dcm", ".hidden.dcm"]
     for name in names:
-        (tmp_path / name).write_bytes(b"")
+        touch(tmp_path / name, b"")
     os.mkfifo(tmp_path / "pipe.dcm")
-    files, skipped = dicom.find_dicom_files(tmp_path)
+    (tmp_path / "gone.dcm").symlink_to("nowhere")
+    files, reasons = find(tmp_path)
     assert sorted(files) == ["1.2.840.10008", "1.2.840.10009", "b", "Ünïcode name"]
-    assert files["b"] == tmp_path / "b.dcm"
-    reasons = {path.relative_to(tmp_path).as_posix(): reason for path, reason in skipped}
-    assert reasons == {"x.dcm": "is a folder", "pipe.dcm": "is no regular file",
-                       "x.dcm/b.dcm": f"has the same name as {tmp_path / 'b.dcm'}"}
+    assert reasons == {"x.dcm": "is a folder", "pipe.dcm": "is not a regular file", "gone.dcm": "is a link to nothing"}
+
+
+@pytest.mark.parametrize("sidecar", ["A/x.xml", "x.csv", "x.bmp", "x.JPG", "A/x.dcm", "x", "A/x"])
+def test_a_file_that_is_not_dicom_claims_no_id(tmp_path, sidecar):
+    touch(tmp_path / "J" / "x.dcm")
+    touch(tmp_path / sidecar, b"no DICOM")
+    assert find(tmp_path) == ({"x": "J/x.dcm"}, {sidecar: "is not a DICOM file"})
+
+
+def test_a_dicom_file_may_have_the_suffix_of_another_kind(tmp_path):
+    touch(tmp_path / "x.img")
+    assert find(tmp_path) == ({"x": "x.img"}, {})
+
+
+def test_plain_names_are_not_opened(tmp_path, monkeypatch):
+    for name in ("a.dcm", "b.DCM", "1.2.3", "IM0"):
+        touch(tmp_path / name)
+
+    def refuse(*_):
+        raise AssertionError("opened")
+    monkeypatch.setattr("builtins.open", refuse)
+    assert len(dicom.find_dicom_files(tmp_path)[0]) == 4
+
+
+@pytest.mark.parametrize("name", ["IM0", "1.2.3", "a.dcm"])
+def test_a_file_without_preamble_is_left_to_the_reader_which_names_it(tmp_path, name):
+    path = touch(tmp_path / name, b"\x08\0\x60\0\x02\0\0\0CR")
+    assert list(dicom.find_dicom_files(tmp_path)[0].values()) == [path]
+    with pytest.raises(dicom.UnreadableImage, match="is not a DICOM file"):
+        dicom.read_header(path)
+
+
+def test_linked_folders_are_searched_once_and_loops_end(tmp_path):
+    data = tmp_path / "data"
+    touch(data / "a.dcm")
+    touch(tmp_path / "other" / "b.dcm")
+    (data / "site").symlink_to("../other")
+    (data / "site again").symlink_to("../other")
+    (data / "loop").symlink_to(".")
+    assert find(data) == ({"a": "a.dcm", "b": "site/b.dcm"}, {})
+
+
+def test_files_that_share_their_stem_get_their_paths_as_ids(tmp_path, capsys):
+    for name in ("p1/IM0", "p2/IM0", "p2/IM1", "IM0.dcm"):
+        touch(tmp_path / name)
+    assert find(tmp_path) == (
+        {"p1/IM0": "p1/IM0", "p2/IM0": "p2/IM0", "IM1": "p2/IM1", "IM0": "IM0.dcm"}, {})
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_files_that_share_their_path_but_for_the_suffix_keep_it(tmp_path):
+    touch(tmp_path / "p" / "a.dcm")
+    touch(tmp_path / "p" / "a.ima")
+    assert find(tmp_path) == ({"p/a.dcm": "p/a.dcm", "p/a.ima": "p/a.ima"}, {})
+
+
+def test_a_dicomdir_is_neither_an_image_nor_a_warning(tmp_path):
+    touch(tmp_path / "DICOMDIR")
+    assert find(tmp_path) == ({}, {})
+
+
+def test_bytes_that_are_not_utf8_are_escaped_in_ids(tmp_path):
+    touch(tmp_path / os.fsdecode(b"f\xf6hn.dcm"))
+    assert list(find(tmp_path)[0]) == [r"f\xf6hn"]
+
+
+def test_folders_of_results_are_left_out(tmp_path):
+    touch(tmp_path / "a.dcm")
+    touch(tmp_path / "output" / "b.dcm")
+    assert find(tmp_path, tmp_path / "output") == ({"a": "a.dcm"}, {})
+    assert find(tmp_path, tmp_path)[0].keys() == {"a", "b"}

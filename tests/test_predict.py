@@ -2,12 +2,14 @@ import csv
 import json
 import os
 import stat
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import dicom
 import predict
 from job import InputError
 from model import PneumoniaUNET, save_checkpoint
@@ -38,17 +40,17 @@ def test_every_file_is_in_annotations_or_skipped(tmp_path, checkpoint, write_dic
     rng = np.random.default_rng(0)
     for name in ("a.dcm", "sub/Ünï code.DCM", "1.2.3"):
         write_dicom(data / name, rng.integers(0, 4096, (48, 64)).astype(np.uint16))
-    write_dicom(data / "sub" / "a.dcm", np.eye(4, dtype=np.uint8))
+    write_dicom(data / "sub" / "b.dcm", np.eye(4, dtype=np.uint8))
     (data / "readme.txt").write_text("no radiograph")
     data.chmod(stat.S_IRUSR | stat.S_IXUSR)
     assert run(data, checkpoint, output) == 0
     annotations = json.loads((output / "annotations.json").read_text("utf-8"))
-    assert set(annotations) == {"a", "Ünï code", "1.2.3"}
+    assert set(annotations) == {"a", "b", "Ünï code", "1.2.3"}
     assert read_csv(output / "submission.csv") == [["patientId", "PredictionString"], *map(list, annotations.items())]
     skipped = dict(read_csv(output / "skipped.csv")[1:])
-    assert {os.path.relpath(path, data) for path in skipped} == {"sub/x.dcm", "sub/a.dcm", "readme.txt"}
+    assert {os.path.relpath(path, data) for path in skipped} == {"sub/x.dcm", "readme.txt"}
     assert {path.stem for path in (output / "images").iterdir()} == set(annotations)
-    assert "3 images predicted" in capsys.readouterr().out
+    assert "4 images predicted" in capsys.readouterr().out
 
 
 def test_nothing_to_predict_is_status_1_and_old_reports_go(tmp_path, checkpoint, write_dicom):
@@ -60,6 +62,71 @@ def test_nothing_to_predict_is_status_1_and_old_reports_go(tmp_path, checkpoint,
     write_dicom(data / "a.dcm", np.eye(32, dtype=np.uint8))
     assert run(data, checkpoint, output, "--no-save-images") == 0
     assert not (output / "skipped.csv").exists() and not list((output / "images").iterdir())
+
+
+def test_a_run_that_predicts_nothing_keeps_the_results_of_before(tmp_path, checkpoint, capsys):
+    data, output = tmp_path / "data", tmp_path / "output"
+    data.mkdir()
+    output.mkdir()
+    (data / "a.dcm").write_text("no DICOM")
+    for name in ("annotations.json", "submission.csv"):
+        (output / name).write_text("old")
+    assert run(data, checkpoint, output) == 1
+    assert [(output / name).read_text() for name in ("annotations.json", "submission.csv")] == ["old", "old"]
+    assert "annotations.json" in capsys.readouterr().out and (output / "skipped.csv").exists()
+
+
+@pytest.mark.parametrize("data, output", [(".", "results"), (".", "."), ("scans", ".")])
+def test_results_inside_the_data_folder_are_not_searched(tmp_path, checkpoint, write_dicom, data, output):
+    (tmp_path / "scans").mkdir()
+    write_dicom(tmp_path / "scans" / "a.dcm", np.eye(32, dtype=np.uint8))
+    for _ in range(2):
+        assert run(tmp_path / data, checkpoint, tmp_path / output) == 0
+        assert json.loads((tmp_path / output / "annotations.json").read_text()).keys() == {"a"}
+    skipped = tmp_path / output / "skipped.csv"
+    assert not skipped.exists() or not any("images" in row[0] for row in read_csv(skipped))
+
+
+def test_pictures_of_files_that_share_their_stem_lie_in_sub_folders(tmp_path, checkpoint, write_dicom):
+    for patient in ("p1", "p2"):
+        (tmp_path / "data" / patient).mkdir(parents=True)
+        write_dicom(tmp_path / "data" / patient / "IM0", np.eye(32, dtype=np.uint8))
+    assert run(tmp_path / "data", checkpoint, tmp_path / "output") == 0
+    assert json.loads((tmp_path / "output" / "annotations.json").read_text()).keys() == {"p1/IM0", "p2/IM0"}
+    assert (tmp_path / "output" / "images" / "p1" / "IM0.png").exists()
+    assert (tmp_path / "output" / "images" / "p2" / "IM0.png").exists()
+
+
+def test_a_name_too_long_costs_its_picture_alone(tmp_path, checkpoint, write_dicom, capsys):
+    (tmp_path / "data").mkdir()
+    for name in ("a" * 255, "b.dcm"):
+        write_dicom(tmp_path / "data" / name, np.eye(32, dtype=np.uint8))
+    assert run(tmp_path / "data", checkpoint, tmp_path / "output") == 0
+    assert json.loads((tmp_path / "output" / "annotations.json").read_text()).keys() == {"a" * 255, "b"}
+    assert [path.name for path in (tmp_path / "output" / "images").iterdir()] == ["b.png"]
+    assert "File name too long" in capsys.readouterr().out
+
+
+def test_an_internal_error_costs_its_file_and_ends_with_status_1(
+        tmp_path, checkpoint, write_dicom, monkeypatch, capfd):
+    for name in "abc":
+        write_dicom(tmp_path / f"{name}.dcm", np.eye(32, dtype=np.uint8))
+
+    def read(path, rescale_factor, load=dicom.load_and_prepare_image):
+        return load(path, rescale_factor if path.stem != "b" else None)  # a mistake of ours
+    monkeypatch.setattr(dicom, "load_and_prepare_image", read)
+    assert run(tmp_path, checkpoint, tmp_path / "output") == 1
+    assert json.loads((tmp_path / "output" / "annotations.json").read_text()).keys() == {"a", "c"}
+    [(path, reason)] = read_csv(tmp_path / "output" / "skipped.csv")[1:]
+    assert path == str(tmp_path / "b.dcm") and "internal error" in reason
+    assert capfd.readouterr().err.count("Traceback") == 1
+
+
+def test_a_zip_file_is_named_as_one(tmp_path):
+    with zipfile.ZipFile(tmp_path / "scans.zip", "w") as archive:
+        archive.writestr("a.dcm", b"")
+    with pytest.raises(InputError, match="scans.zip is a zip file, not a folder.*--data.*TRAINML_DATA_PATH"):
+        predict.main(["--data", str(tmp_path / "scans.zip")])
 
 
 @pytest.mark.parametrize("stored, used", [(0.0, 0.0), (None, predict.BOX_THRESHOLD)])

@@ -78,28 +78,17 @@ def only_line(text):
 # Files
 
 MEASURED = """
-import importlib, json, resource, sys, time
-import numpy, dicom, predict
-seconds, read = [0], dicom._Reader.read
-
-def timed(reader, path):
-    started = time.monotonic()
-    try:
-        return read(reader, path)
-    finally:
-        seconds.append(time.monotonic() - started)
-
-dicom._Reader.read = timed
+import importlib, json, resource, sys
+import numpy, predict
 predict.predict_masks = lambda model, images, runtime: numpy.ones((len(images), 64, 64))
 importlib.import_module(sys.argv[1]).main(sys.argv[2:])
-memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-print(json.dumps([max(seconds), memory]))
+memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+print(memory * (1 if sys.platform == "darwin" else 1024))
 """
 
 
 def run_measured(module, *flags):
-    """Runs a module's main without its network; returns the seconds of the slowest file and the bytes of the largest
-    reader process."""
+    """Runs a module's main without its network; returns the bytes of the largest reader process."""
     done = subprocess.run(command("-c", MEASURED, module, *flags), cwd=ROOT, stdout=subprocess.PIPE, text=True,
                           timeout=300)
     assert done.returncode == 0
@@ -107,23 +96,24 @@ def run_measured(module, *flags):
 
 
 def predict_measured(folder, checkpoint, output):
-    """predict.py on `folder`: annotations, reasons {path: reason}, seconds, bytes; each file is in one of the two."""
-    seconds, memory = run_measured("predict", "--data", folder, "--model", checkpoint, "--output", output,
-                                   "--workers", 2, "--no-save-images")
+    """predict.py on `folder`: annotations, reasons {path: reason} and bytes; each file is in one of the two."""
+    memory = run_measured("predict", "--data", folder, "--model", checkpoint, "--output", output,
+                          "--workers", 2, "--no-save-images")
     annotations = json.loads((output / "annotations.json").read_text("utf-8"))
     with open(output / "skipped.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))[1:]
     reasons = {Path(path): reason for path, reason in rows}
-    files = {path for path in folder.rglob("*") if path.is_file()}
+    files = {path for path in folder.rglob("*") if path.is_file() and path.name != "DICOMDIR"}
     assert len(reasons) == len(rows) and reasons.keys() <= files and all(reasons.values())
-    assert sorted(map(patient_id_of, files - reasons.keys())) == sorted(annotations)
-    return annotations, reasons, seconds, memory
+    assert len(annotations) == len(files - reasons.keys())
+    assert {Path(key).name for key in annotations} == set(map(patient_id_of, files - reasons.keys()))
+    return annotations, reasons, memory
 
 
 def test_every_file_that_ships_with_pydicom_is_predicted_or_skipped(tmp_path, checkpoint):
-    annotations, reasons, seconds, _ = predict_measured(PYDICOM, checkpoint, tmp_path)
-    print(f"{len(annotations)} predicted, {len(reasons)} skipped, the slowest in {seconds:.1f} s")
-    assert len(annotations) > 50 and seconds < 10
+    annotations, reasons, _ = predict_measured(PYDICOM, checkpoint, tmp_path)
+    print(f"{len(annotations)} predicted, {len(reasons)} skipped")
+    assert len(annotations) > 50
     for reason in reasons.values():
         assert "Error" not in reason and "object has no attribute" not in reason and "\n" not in reason
 
@@ -268,19 +258,19 @@ def mutated(tmp_path_factory):
 
 
 def test_mutated_files_are_predicted_or_skipped(mutated, checkpoint, tmp_path):
-    annotations, reasons, seconds, memory = predict_measured(mutated, checkpoint, tmp_path)
+    annotations, reasons, memory = predict_measured(mutated, checkpoint, tmp_path)
     crashed = sum("crashed" in reason for reason in reasons.values())
     slow = sum("took more than" in reason for reason in reasons.values())
     print(f"1001 files: {len(annotations)} decoded, {len(reasons) - crashed - slow} refused, {crashed} crashed their "
-          f"decoder, {slow} took too long; slowest {seconds:.1f} s, largest reader {memory / 1e6:.0f} MB")
+          f"decoder, {slow} took too long; largest reader {memory / 1e6:.0f} MB")
     assert len(annotations) + len(reasons) == 1001 and len(annotations) > 100 and len(reasons) > 100
     assert crashed < 100 and slow < 10
-    assert seconds < dicom.TIME_LIMIT + 2 and memory < 2e9
+    assert memory < 2e9
 
 
 def test_headers_of_mutated_files_are_read_or_left_out(mutated, tmp_path):
     started = time.monotonic()
-    _, memory = run_measured("data_processing", "--type", "prediction", "--images", mutated, "--output", tmp_path)
+    memory = run_measured("data_processing", "--type", "prediction", "--images", mutated, "--output", tmp_path)
     rows = len((tmp_path / "predict.csv").read_text().splitlines()) - 1
     print(f"1001 files: {rows} headers read, largest reader {memory / 1e6:.0f} MB")
     assert 100 < rows < 1000 and memory < 2e9 and time.monotonic() - started < 120
@@ -394,6 +384,25 @@ def test_prediction_stops_with_its_readers(phantoms, checkpoint, tmp_path, signu
     assert signum == signal.SIGKILL or not list(output.rglob(".*"))
 
 
+HUNG = """
+import sys, dicom
+def hang(path):
+    print("hung", flush=True)
+    while True:
+        pass
+dicom.TIME_LIMIT = 2
+list(dicom.read_files(hang, ["a", "b"], workers=2))
+"""
+
+
+@needs_proc
+def test_readers_that_hang_do_not_outlive_a_killed_parent():
+    process = subprocess.Popen(command("-c", HUNG), cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert [process.stdout.readline() for _ in range(2)] == ["hung\n"] * 2
+    *_, left = stop(process, signal.SIGKILL)
+    assert not left
+
+
 # Disks
 
 @pytest.mark.parametrize("script, limit, status, old", [
@@ -449,6 +458,55 @@ def test_full_and_read_only_disks(phantoms, train_flags, checkpoint, tmp_path, o
     assert done.returncode == status and re.search(message, only_line(done.stderr))
     content, *names = done.stdout.splitlines()[done.stdout.splitlines().index("old"):]
     assert content == "old" and "output/annotations.json" in names and not any("/." in name for name in names)
+
+
+CONTAINER = """
+mount -t tmpfs -o ro tmpfs /dev/shm
+for folder in /tmp /var/tmp {root}; do mount --rbind $folder $folder; mount -o remount,bind,ro $folder; done
+mount -t tmpfs tmpfs {output}; cd {root}
+"$@"
+"""
+
+
+def run_in_container(output, script, *flags):
+    """Runs a script where only `output` can be written to: no temporary folder, no semaphores."""
+    private = ["unshare", "--mount", "--map-root-user", "sh", "-ec"]
+    if not shutil.which("unshare") or subprocess.run([*private, f"mount -t tmpfs tmpfs '{output}'"]).returncode:
+        pytest.skip("has no right to mount a tmpfs")
+    words = [*private, CONTAINER.format(root=ROOT, output=output), "sh", *command(ROOT / script, *flags)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, env={**os.environ, "TMPDIR": ""})
+
+
+@pytest.mark.parametrize("script", ["data_processing.py", "predict.py"])
+def test_files_are_read_in_a_read_only_container(phantoms, checkpoint, tmp_path, script):
+    images = phantoms / "stage_2_test_images"
+    flags = {"data_processing.py": ["--type", "prediction", "--images", images],
+             "predict.py": ["--data", images, "--model", checkpoint]}[script]
+    done = run_in_container(tmp_path, script, *flags, "--output", tmp_path)
+    assert done.returncode == 0 and not done.stderr and "4 images" in done.stdout.splitlines()[-1]
+
+
+def test_training_without_a_temporary_folder_says_what_to_set(train_flags, tmp_path):
+    (tmp_path / "save").mkdir()
+    done = run_in_container(tmp_path / "save", "train.py", *train_flags, "--save", tmp_path / "save")
+    assert done.returncode == 2 and "set TMPDIR" in only_line(done.stderr)
+
+
+@pytest.mark.parametrize("locale", [{"LANG": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_file_names_that_the_locale_cannot_spell(phantoms, checkpoint, tmp_path, locale):
+    image = next((phantoms / "stage_2_test_images").iterdir())
+    (tmp_path / "data").mkdir()
+    for name in ("plain.dcm", "Ünïcode.dcm", os.fsdecode(b"f\xf6hn.dcm")):
+        shutil.copy(image, tmp_path / "data" / name)
+    environment = {**os.environ, **locale}
+    output = ["--output", tmp_path / "output"]
+    table = run("data_processing.py", "--type", "prediction", "--images", tmp_path / "data", *output, env=environment)
+    done = run("predict.py", "--data", tmp_path / "data", "--model", checkpoint, *output, env=environment)
+    assert table.returncode == done.returncode == 0 and not table.stderr + done.stderr
+    ids = ["plain", "Ünïcode", r"f\xf6hn"]
+    assert sorted(pd.read_csv(tmp_path / "output" / "predict.csv")["patientId"]) == sorted(ids)
+    assert json.loads((tmp_path / "output" / "annotations.json").read_text("utf-8")).keys() == set(ids)
+    assert sorted(path.stem for path in (tmp_path / "output" / "images").iterdir()) == sorted(ids)
 
 
 WRITER = """

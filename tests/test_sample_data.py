@@ -1,5 +1,6 @@
 """The synthetic data set: layout, headers, boxes, repeatability, and that it spares what it did not make."""
 
+import _multiprocessing
 import uuid
 
 import numpy as np
@@ -179,3 +180,10 @@ def test_refuses_impossible_numbers(arguments, tmp_path):
     with pytest.raises(SystemExit, match="2"):
         sample_data.main([*arguments, "--output", str(tmp_path / "data")])
     assert not (tmp_path / "data").exists()
+
+
+def test_images_are_made_without_semaphores(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise FileNotFoundError(2, "No such file or directory")
+    monkeypatch.setattr(_multiprocessing, "SemLock", refuse)
+    assert len(sample_data.write_images(tmp_path / "images", 2, seed=0, split=0)) == 2

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import dicom
 import train
 from job import InputError
 from metrics import Thresholds
@@ -69,6 +70,24 @@ def test_a_run_writes_its_files_repeats_and_continues(start, tmp_path, capsys, m
     second = start("--checkpoint", str(tmp_path / "b" / "last.pth.tar"), save=tmp_path / "b")
     assert_same_weights(tmp_path / "a" / "last.pth.tar", tmp_path / "b" / "last.pth.tar")
     assert without_times(second) == without_times(first) and len(second["history"]) == 2
+
+
+def test_an_internal_error_leaves_out_its_image_and_ends_with_status_1(
+        phantoms, train_csv, tmp_path, monkeypatch, capfd):
+    broken = min((phantoms / "stage_2_train_images").iterdir())
+
+    def read(path, rescale_factor, load=dicom.load_and_prepare_image):
+        return load(path, rescale_factor if path != broken else None)  # a mistake of ours
+    monkeypatch.setattr(dicom, "load_and_prepare_image", read)
+    monkeypatch.setattr(train, "fit", lambda *_: None)
+    monkeypatch.setattr(train, "finish", lambda *_: dict.fromkeys(
+        ("image_roc_auc", "rsna_mean_average_precision", "total_average_precision"), 0.5))
+    assert train.main(["--data", str(broken.parent), "--labels", str(train_csv), "--save", str(tmp_path),
+                       "--epochs", "1", *SMALL]) == 1
+    output = capfd.readouterr()
+    assert output.err.count("Traceback") == 1 and f"{broken}: was not read because of an internal error" in output.out
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["skipped_images"] == 1 and metrics["training_images"] + metrics["validation_images"] == 39
 
 
 @pytest.mark.parametrize("flags", [["--optimizer", "adamw"], ["--optimizer", "adamax"], ["--optimizer", "sgd"],
