@@ -46,10 +46,10 @@ def require_folder(path: str | Path, *, flag: str, variable: str) -> Path:
     raise InputError(f"{path} is {kind}, not a folder: give {remedy} with {flag}, or set {variable}")
 
 
-def result_folders(output: Path, data: Path) -> list[Path]:
+def result_folders(output: str | Path, data: str | Path) -> list[Path]:
     """What a search of `data` leaves out: `output` if it lies inside, else the results in it."""
-    output = output.resolve()
-    if data.resolve() in output.parents:
+    output = Path(output).resolve()
+    if Path(data).resolve() in output.parents:
         return [output]
     return [output / name for name in ("images", "validation", "logs")]
 
