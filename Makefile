@@ -1,16 +1,20 @@
 # make demo: from a fresh clone to a trained model, annotated images and scores on synthetic data
 # make test: from a fresh clone to a green test run
+# make lint: the linter alone; part of make test
 PYTHON ?= python3
-.PHONY: demo test soak
+.PHONY: demo test lint soak
 
 demo: .venv/installed
 	.venv/bin/python sample_data.py
 	.venv/bin/python data_processing.py
-	.venv/bin/python train.py --optimizer adamw --epochs 6 --train-threshold
+	.venv/bin/python train.py --optimizer adamw --epochs 8 --train-threshold
 	.venv/bin/python predict.py --data data/stage_2_test_images --labels data/stage_2_test_labels.csv --model output/final.pth.tar
 
-test: .venv/tests-installed
+test: lint
 	.venv/bin/python -m pytest -q
+
+lint: .venv/tests-installed
+	.venv/bin/ruff check
 
 # slow tests: a training run killed 20 times
 soak: .venv/tests-installed

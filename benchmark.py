@@ -27,15 +27,23 @@ from pydicom import dcmread
 from scipy import ndimage
 from torch.utils.flop_counter import FlopCounterMode
 
+import cli
 import train
+from cli import IMAGE_SIDE, InputError, batched
 from data_processing import read_headers
-from dataset import Augmentation, PneumoniaDataset, rescale_boxes
-from dicom import IMAGE_SIDE, TAGS, find_dicom_files
-from job import InputError, default_path, require_folder, run, usable_cores
-from metrics import BOX_THRESHOLDS, GATE_THRESHOLDS, Evaluation, average_precision_image, search_thresholds
-from model import PneumoniaUNET
-from predict import (BOX_THRESHOLD, RESCALE_FACTORS, Runtime, add_runtime_options, batched, choose_runtime,
-                     draw_overlay, find_boxes, number, predict_masks, save_overlay, to_network, write_text)
+from dataset import Augmentation, PneumoniaDataset
+from dicom import TAGS, find_dicom_files
+from drawing import draw_overlay, save_overlay
+from metrics import (
+    BOX_THRESHOLDS,
+    Evaluation,
+    Thresholds,
+    choose_thresholds,
+    rescale_boxes,
+    score_mask,
+)
+from model import PneumoniaUNET, Runtime, choose_runtime
+from predict import make_overlay
 
 CPU_BATCHES, GPU_BATCHES = 1, 32  # that the network runs: so many on a CPU, at least so many on a GPU
 MATRIX_SIDE, PRODUCTS = {"cpu": 2048, "mps": 4096, "cuda": 8192}, 4  # of the matrix product that gives the peak
@@ -47,7 +55,7 @@ class Bench(NamedTuple):
     """One data set and all that the stages need to work on it."""
     paths: list  # of links, alone in their folder
     dataset: PneumoniaDataset
-    cases: list  # (image, mask, found, boxes) of each image; found = (boxes, confidences, original_size)
+    cases: list  # Overlay of each image
     indices: list  # of the images that the network works on, whole batches
     model: PneumoniaUNET
     runtime: Runtime
@@ -134,19 +142,19 @@ def plain_decode(path):
 def time_training_sample(bench):
     device, threads = bench.runtime.device, torch.get_num_threads()
     torch.set_num_threads(1)  # CPU time is measured, and a thread that waits for another would use some
-    loader = train.build_loaders(bench.dataset, {"training": range(len(bench.dataset)), "validation": []}, bench.options)[0]
+    loader = train.build_loader(bench.dataset, range(len(bench.dataset)), bench.options, bench.runtime)[0]
     augmentation = Augmentation(None)
 
     def epoch():
         for images, masks in loader:
-            augmentation(to_network(images, device), masks.to(device).float())
+            augmentation(bench.runtime.load(images), masks.to(device).float())
 
     images, masks = next(iter(loader))
-    images, masks = to_network(images, device), masks.to(device).float()
+    images, masks = bench.runtime.load(images), masks.to(device).float()
     grid = F.affine_grid(torch.eye(2, 3, device=device).repeat(len(images), 1, 1), images.shape, align_corners=True)
 
     def resample():
-        for _ in loader.batch_sampler:
+        for _ in loader.sampler:
             F.grid_sample(images, grid, align_corners=True)
             F.grid_sample(masks, grid, mode="nearest", align_corners=True)
 
@@ -158,8 +166,8 @@ def time_training_sample(bench):
 
 def time_training(bench):
     runtime, images, waits = bench.runtime, len(bench.indices), []
-    loaders = train.build_loaders(bench.dataset, {"training": bench.indices, "validation": []}, bench.options)
-    clock = DataClock(loaders[0], runtime.device)
+    loader, _ = train.build_loader(bench.dataset, bench.indices, bench.options, runtime)
+    clock = DataClock(loader, runtime.device)
     training = train.build_training(bench.model, bench.options, 100 * len(clock), runtime)._replace(augmentation=clock)
 
     def epoch():
@@ -175,9 +183,9 @@ def time_training(bench):
 
 
 def time_inference(bench):
-    batches, images = list(batched(bench.indices, bench.options.batch_size)), bench.dataset.images
+    batches = list(batched(bench.indices, bench.options.batch_size))
     bench.model.eval()
-    seconds = bench.measure(lambda: [predict_masks(bench.model, torch.from_numpy(images[part])[:, None], bench.runtime)
+    seconds = bench.measure(lambda: [bench.runtime.predict_masks(bench.model, bench.dataset[part][0])
                                      for part in batches], len(bench.indices))
     return seconds, network_limit(bench, training=False)
 
@@ -203,35 +211,35 @@ def count_operations(options, training):
 
 
 def time_threshold_search(bench):
-    def search():
-        scores = np.array([[score(case, threshold) for threshold in BOX_THRESHOLDS] for case in bench.cases])
-        images = len(scores)
-        evaluation = Evaluation(0.0, np.full(images, 0.5), np.ones(images, bool), np.full(images, ""), scores)
-        search_thresholds(evaluation, GATE_THRESHOLDS, (29, 16))
-    seconds = bench.measure(search, len(bench.cases))
+    images = len(bench.cases)
+
+    def evaluate(box_thresholds):
+        scores = np.array([score(case, box_thresholds) for case in bench.cases])
+        return Evaluation(0.0, np.full(images, 0.5), np.ones(images, bool), np.full(images, ""), scores)
+    seconds = bench.measure(lambda: choose_thresholds(evaluate, Thresholds()), images)
     return seconds, label_limit(bench, BOX_THRESHOLDS)
 
 
 def time_scoring(bench):
-    seconds = bench.measure(lambda: [score(case, BOX_THRESHOLD) for case in bench.cases], len(bench.cases))
-    return seconds, label_limit(bench, [BOX_THRESHOLD])
+    box_thresholds = [Thresholds().box]
+    seconds = bench.measure(lambda: [score(case, box_thresholds) for case in bench.cases], len(bench.cases))
+    return seconds, label_limit(bench, box_thresholds)
 
 
-def score(case, threshold):
-    _, mask, (*_, size), boxes = case
-    return average_precision_image(*find_boxes(mask, size, box_threshold=threshold, gate_threshold=0), boxes)
+def score(case, box_thresholds):
+    return score_mask(case.mask, case.original_size, case.truth, box_thresholds)
 
 
 def label_limit(bench, thresholds):
-    masks, neighbours = [mask for _, mask, _, _ in bench.cases[:DISTINCT]], np.ones((3, 3))
+    masks, neighbours = [case.mask for case in bench.cases[:DISTINCT]], np.ones((3, 3))
     return bench.measure(lambda: [ndimage.label(mask > threshold, structure=neighbours)
                                   for mask in masks for threshold in thresholds], len(masks))
 
 
 def time_overlay(bench):
-    canvases = [draw_overlay(*case) for case in bench.cases[:DISTINCT]]
+    canvases = [draw_overlay(case) for case in bench.cases[:DISTINCT]]
     with tempfile.TemporaryDirectory() as folder:
-        seconds = bench.measure(lambda: [save_overlay(Path(folder, f"{place % DISTINCT}.png"), *case)
+        seconds = bench.measure(lambda: [save_overlay(Path(folder), str(place % DISTINCT), case)
                                          for place, case in enumerate(bench.cases)], len(bench.cases))
     return seconds, bench.measure(
         lambda: [canvas.save(io.BytesIO(), format="PNG", compress_level=1) for canvas in canvases], len(canvases))
@@ -271,8 +279,7 @@ def draw_case(dataset, index, rng):
         mask += rng.uniform(0.2, 0.95) * np.exp(-4 * down**2)[:, None] * np.exp(-4 * across**2)
     uneven = ndimage.zoom(rng.uniform(0.7, 1, (16, 16)), side / 16, order=1)
     mask = ((0.03 + 0.97 * np.clip(mask, 0, 1)) * uneven).astype(np.float32)
-    found = find_boxes(mask, size, box_threshold=BOX_THRESHOLD, gate_threshold=0)
-    return dataset.images[index].copy(), mask, (*found, size), dataset.boxes[index]
+    return make_overlay(dataset.images[index].copy(), mask, size, Thresholds(gate=0), dataset.boxes[index])
 
 
 def link_files(files, folder, count):
@@ -329,7 +336,7 @@ def measure_cache(files, args):
     with tempfile.TemporaryDirectory() as folder:
         dataset = prepare(link_files(files, folder, args.cache), args)
     for indices in batched(torch.randperm(len(dataset)).tolist(), args.batch_size):
-        dataset.__getitems__(indices)
+        dataset[indices]
     grown = {"images": len(dataset), "now": memory("VmRSS") - before, "peak": memory("VmHWM") - before}
     print(f"{len(dataset)} images ({dataset.images.nbytes / 1e9:.2f} GB) prepared and read in batches: resident memory "
           f"grew by {grown['now'] / 1e6:.0f} MB, {grown['peak'] / 1e6:.0f} MB at the peak")
@@ -340,30 +347,29 @@ def make_parser():
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--data", "-d", default=default_path("TRAINML_DATA_PATH", "stage_2_train_images"), help="folder of DICOM files")
-    add("--images", type=number(1, math.inf, int), default=250, help="how many; files repeat if they are fewer")
+    add("--data", "-d", default=cli.default_path("TRAINML_DATA_PATH", "stage_2_train_images"), help="folder of DICOM files")
+    add("--images", type=cli.bounded(1, math.inf, int), default=250, help="how many; files repeat if they are fewer")
     add("--growth", default=False, action=argparse.BooleanOptionalAction, help="measure at 1, 2 and 4 times --images")
-    add("--cache", type=number(1, math.inf, int), help="first measure the memory that so many prepared images take")
-    add("--repeats", type=number(1, math.inf, int), default=3, help="of each measurement; the median counts")
+    add("--cache", type=cli.bounded(1, math.inf, int), help="first measure the memory that so many prepared images take")
+    add("--repeats", type=cli.bounded(1, math.inf, int), default=3, help="of each measurement; the median counts")
     add("--json", help="file for the figures")
-    add("--rescale-factor", "--rf", type=int, choices=RESCALE_FACTORS, default=4, help="1024 / side of network's image")
-    add_runtime_options(parser, batch_size=16 if torch.cuda.is_available() else 8)
+    cli.add_runtime_options(parser, batch_size=16 if torch.cuda.is_available() else 8, rescale_factor=4)
     return parser
 
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
     runtime = choose_runtime(args.device, args.precision)
-    folder = require_folder(
-        args.data, flag="--data (python sample_data.py makes one)", variable="TRAINML_DATA_PATH")
+    folder = cli.require(
+        args.data, "folder", flag="--data (python sample_data.py makes one)", variable="TRAINML_DATA_PATH")
     files = list(find_dicom_files(folder)[0].values())
     if not files:
         raise InputError(f"no file in {folder}: give the folder that holds the images with --data")
     device = torch.cuda.get_device_name() if runtime.device.type == "cuda" else runtime.device.type
-    print(f"{device}, {runtime.dtype}, {usable_cores()} cores, {args.workers} workers, batches of {args.batch_size}, "
+    print(f"{device}, {runtime.dtype}, {cli.usable_cores()} cores, {args.workers} workers, batches of {args.batch_size}, "
           f"{IMAGE_SIDE // args.rescale_factor} pixels, median of {args.repeats}; {len(files)} files in {folder}")
 
-    figures = {"device": device, "cores": usable_cores(), "dtype": str(runtime.dtype), "arguments": vars(args),
+    figures = {"device": device, "cores": cli.usable_cores(), "dtype": str(runtime.dtype), "arguments": vars(args),
                "versions": train.versions(), "cache_bytes": measure_cache(files, args) if args.cache else None}
     figures["tables"] = [time_stages(files, args.images * factor, runtime, args)
                          for factor in ((1, 2, 4) if args.growth else (1,))]
@@ -373,8 +379,8 @@ def main(argv=None):
     figures["peak_cuda_bytes"] = torch.cuda.max_memory_allocated() if runtime.device.type == "cuda" else 0
     print(f"\npeak memory {figures['peak_bytes'] / 1e9:.2f} GB, on the GPU {figures['peak_cuda_bytes'] / 1e9:.2f} GB")
     if args.json:
-        write_text(args.json, json.dumps(figures, indent=1))
+        cli.write_text(args.json, json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

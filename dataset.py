@@ -1,174 +1,248 @@
-"""From radiographs to tensors: the cache of prepared images, masks, augmentation, the split."""
+"""From radiographs to tensors: the cache of prepared images, masks, augmentation, the splits."""
 
 import hashlib
 import mmap
 import os
+import random
 import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from dicom import IMAGE_SIDE, INTERNAL_ERROR, read_images
-from dicom import load_and_prepare_image as load_and_prepare_image  # users look for the reader here
-from job import InputError, InternalError
+from cli import IMAGE_SIDE, InputError, InternalError, progress, result_folders, warn
+from data_processing import read_labels
+from dicom import find_dicom_files, load_and_prepare_image  # noqa: F401, the reader is expected here
+from metrics import rescale_boxes
+from readers import INTERNAL_ERROR, read_images
 
-MAX_UNREADABLE = 0.05  # share of the training images; beyond it something is wrong with the whole folder
-
-
-def rescale_boxes(boxes, from_size, to_size):
-    """Boxes (n, 4) of an image of from_size (height, width) in pixels of to_size: the one bridge between the frames."""
-    scale = np.array([to_size[1] / from_size[1], to_size[0] / from_size[0]] * 2)
-    return np.asarray(boxes, float).reshape(-1, 4) * scale
+VALIDATION_SHARE = 0.1
+FEWEST = 10  # images of each class that a run needs
+MAX_UNREADABLE = 0.05  # share of the images; beyond it something is wrong with the whole folder
 
 
-def boxes_to_mask(boxes, original_size, side):
-    """Paints boxes (n, 4) in original pixels into a mask uint8 (side, side) of 0 and 1 in network pixels."""
+def boxes_to_mask(boxes, original_size: tuple[int, int], side: int) -> np.ndarray:
+    """Boxes (n, 4) in original pixels -> mask uint8 (side, side) of 0 and 1 in network pixels."""
     mask = np.zeros((side, side), np.uint8)
     for x, y, width, height in rescale_boxes(boxes, original_size, (side, side)):
         left, top = max(round(x), 0), max(round(y), 0)
-        mask[top:max(round(y + height), top + 1), left:max(round(x + width), left + 1)] = 1
+        right, bottom = max(round(x + width), left + 1), max(round(y + height), top + 1)
+        mask[top:bottom, left:right] = 1
     return mask
 
 
-def _extend(descriptor, offset, size):
-    """Stands in for posix_fallocate, which macOS lacks."""
-    os.ftruncate(descriptor, offset + size)
-
-
 class PneumoniaDataset(Dataset):
-    """Radiographs with masks, in network pixels; every file is decoded once, when the data set is made.
+    """Radiographs with masks, in network pixels; every file is decoded once, when it is made.
 
-    files {patient_id: path} and boxes {patient_id: (n, 4)} in original pixels have the same keys; views {patient_id:
-    "AP" or "PA"} may lack some. The images lie as uint8 in a nameless temporary file that is mapped into memory, so nothing of it is left when the run ends, however
-    it ends. Unreadable files are left out: `skipped` [(path, reason)].
+    files {patient_id: path} and boxes {patient_id: (n, 4)} in original pixels; views {patient_id:
+    "AP" or "PA"} may lack some. The images lie as uint8 in a nameless temporary file that is mapped
+    into memory, so nothing of it is left when the run ends, however it ends. Unreadable files are
+    left out: `skipped` [(path, reason)]; `notes` [(path, remark)] tells of readable ones.
 
-    Raises InputError if more than MAX_UNREADABLE of the files cannot be read, InternalError if our
-    own code is to blame for that, and InputError if there is no room for the cache.
+    Raises InputError if more than MAX_UNREADABLE of the files cannot be read or the disk has no
+    room for the cache, InternalError if our own code is to blame.
     """
 
-    def __init__(self, files, boxes, *, views=None, rescale_factor=4, workers=1, progress=iter):
+    def __init__(self, files: Mapping[str, Path], boxes: Mapping[str, np.ndarray], *,
+                 views: Mapping[str, str] | None = None, rescale_factor: int = 4, workers: int = 1,
+                 progress: Callable[[Iterable], Iterable] = iter):
         self.side = IMAGE_SIDE // rescale_factor
-        self.images = self._allocate(len(files))
+        self._map = _allocate(len(files) * self.side**2)
+        self.images = np.frombuffer(self._map, np.uint8).reshape(-1, self.side, self.side)
         self.patient_ids, self.original_sizes, self.skipped, self.notes = [], [], [], []
         readings = read_images(files.values(), rescale_factor=rescale_factor, workers=workers)
         for (patient_id, path), reading in zip(files.items(), progress(readings)):
-            if reading.problem:
-                self.skipped.append((path, reading.problem))
-                continue
-            if reading.note:
-                self.notes.append((path, reading.note))
-            self.images[len(self.patient_ids)], original_size = reading.value
-            self.patient_ids.append(patient_id)
-            self.original_sizes.append(original_size)
-            self._release()
-        if len(self.skipped) > MAX_UNREADABLE * len(files):
-            path, reason = self.skipped[0]
-            kind = InternalError if INTERNAL_ERROR in dict(self.skipped).values() else InputError
-            raise kind(f"{len(self.skipped)} of {len(files)} images cannot be read, more than "
-                       f"{MAX_UNREADABLE:.0%}; the first is {path}: {reason}")
-        self.boxes = [np.asarray(boxes[patient_id], float).reshape(-1, 4) for patient_id in self.patient_ids]
-        self.views = [(views or {}).get(patient_id, "") for patient_id in self.patient_ids]
+            self._add(patient_id, path, reading)
+        self._check_skipped(len(files))
+        self.boxes = [np.asarray(boxes[key], float).reshape(-1, 4) for key in self.patient_ids]
+        self.views = [(views or {}).get(key, "") for key in self.patient_ids]
 
-    def _allocate(self, count):
-        size = count * self.side**2
-        try:
-            cache = tempfile.TemporaryFile()
-        except OSError:
-            raise InputError(
-                f"no temporary folder can be written to, and {size / 1e9:.1f} GB of prepared images need "
-                "one: set TMPDIR") from None
-        with cache as file:
-            try:
-                getattr(os, "posix_fallocate", _extend)(file.fileno(), 0, size)
-            except OSError as error:
-                raise InputError(
-                    f"no room for {size / 1e9:.1f} GB of prepared images in {tempfile.gettempdir()} "
-                    f"({error.strerror}): set TMPDIR to a larger disk, or raise --rescale-factor") from None
-            self._map = mmap.mmap(file.fileno(), size)
-        return np.frombuffer(self._map, np.uint8).reshape(count, self.side, self.side)
+    def _add(self, patient_id, path, reading):
+        if reading.problem:
+            self.skipped.append((path, reading.problem))
+            return
+        if reading.note:
+            self.notes.append((path, reading.note))
+        self.images[len(self.patient_ids)], original_size = reading.value
+        self.patient_ids.append(patient_id)
+        self.original_sizes.append(original_size)
+        self._release()
+
+    def _check_skipped(self, count):
+        if len(self.skipped) > MAX_UNREADABLE * count:
+            path, reason = self.skipped[0]
+            kind = InternalError if self.internal_errors else InputError
+            raise kind(f"{len(self.skipped)} of {count} images cannot be read, more than "
+                       f"{MAX_UNREADABLE:.0%}; the first is {path}: {reason}")
 
     def _release(self):
-        """Hands the mapped pages back to the file cache, so that resident memory does not grow with the data set."""
+        """Hands the mapped pages back to the file cache, so that memory does not grow with N."""
         if hasattr(self._map, "madvise"):  # not on Windows
             self._map.madvise(mmap.MADV_DONTNEED)
 
-    def __len__(self):
+    @property
+    def internal_errors(self) -> int:
+        """How many images are left out through a fault of our own."""
+        return sum(reason == INTERNAL_ERROR for _, reason in self.skipped)
+
+    def __len__(self) -> int:
         return len(self.patient_ids)
 
-    def __getitem__(self, index):
-        images, masks = self.__getitems__([index])
-        return images[0], masks[0]
-
-    def __getitems__(self, indices):
-        """A whole batch at once: images and masks uint8 (B, 1, S, S), in 0..255 and 0..1."""
+    def __getitem__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A whole batch: images and masks uint8 (B, 1, S, S), in 0..255 and 0..1."""
         images = torch.from_numpy(self.images[indices])[:, None]
-        masks = np.stack([boxes_to_mask(self.boxes[i], self.original_sizes[i], self.side) for i in indices])
+        masks = [boxes_to_mask(self.boxes[i], self.original_sizes[i], self.side) for i in indices]
         self._release()
-        return images, torch.from_numpy(masks)[:, None]
+        return images, torch.from_numpy(np.stack(masks))[:, None]
 
 
-def split_fold(patient_ids, *, folds, fold):
-    """Splits ids into those outside and those in a fold of cross-validation: MD5 of the id modulo `folds`.
+def _allocate(size):
+    """A nameless temporary file of `size` bytes, mapped into memory."""
+    gigabytes = f"{size / 1e9:.1f} GB of prepared images"
+    try:
+        cache = tempfile.TemporaryFile()
+    except OSError:
+        raise InputError(f"no temporary folder can be written to, and {gigabytes} need one: "
+                         "set TMPDIR") from None
+    with cache as file:
+        try:
+            # macOS and Windows have no posix_fallocate
+            getattr(os, "posix_fallocate", _extend)(file.fileno(), 0, size)
+        except OSError as error:
+            raise InputError(
+                f"no room for {gigabytes} in {tempfile.gettempdir()} ({error.strerror}): set "
+                "TMPDIR to a larger disk, or raise --rescale-factor") from None
+        return mmap.mmap(file.fileno(), size)
+
+
+def _extend(descriptor, offset, size):
+    os.ftruncate(descriptor, offset + size)
+
+
+def load_data(data: Path, labels: Path, *, output: Path, rescale_factor: int, workers: int,
+              seed: int, folds: int | None, fold: int | None,
+              limits: Mapping[str, int]) -> tuple[PneumoniaDataset, dict[str, list[int]]]:
+    """Prepares the images in folder `data` that the table `labels` names, apart from those in the
+    results of a run in `output`.
+
+    Returns the data set and the indices of its parts "training", "validation" and, with folds,
+    "test"; `limits` may cut parts to so many images. Raises InputError if there are too few.
+    """
+    boxes, views = read_labels(labels)
+    files, skipped = find_dicom_files(data, result_folders(output, data))
+    warn("files are left out", [f"{path} {reason}" for path, reason in skipped])
+    warn("ids of the table have no image and are left out", sorted(boxes.keys() - files.keys()))
+    opacities = {key: len(boxes[key]) > 0 for key in boxes if key in files}
+    positive = sum(opacities.values())
+    if min(positive, len(opacities) - positive) < FEWEST:
+        raise InputError(
+            f"{labels} and {data} share {positive} images with opacities and "
+            f"{len(opacities) - positive} without; training needs {FEWEST} of each: check --labels "
+            "and --data")
+    parts = split(opacities, seed=seed, folds=folds, fold=fold)
+    for name, limit in limits.items():
+        if len(parts.get(name, [])) > limit:
+            parts[name] = sorted(random.Random(seed).sample(parts[name], limit))
+    files = {key: files[key] for ids in parts.values() for key in ids}
+    dataset = PneumoniaDataset(
+        files, boxes, views=views, rescale_factor=rescale_factor, workers=workers,
+        progress=partial(progress, total=len(files), description="prepare"))
+    warn("images are read with a remark", [f"{path} {note}" for path, note in dataset.notes])
+    warn("images cannot be read and are left out",
+         [f"{path}: {problem}" for path, problem in dataset.skipped])
+    index_of = {patient_id: index for index, patient_id in enumerate(dataset.patient_ids)}
+    return dataset, {name: [index_of[key] for key in ids if key in index_of]
+                     for name, ids in parts.items()}
+
+
+def split(opacities: Mapping[str, bool], *, seed: int, folds: int | None,
+          fold: int | None) -> dict[str, list[str]]:
+    """Ids {patient_id: has_opacity} of each part: "training", "validation" and, with folds,
+    "test"."""
+    outside, test = split_fold(opacities, folds=folds, fold=fold) if folds else (opacities, None)
+    training, validation = split_patients({key: opacities[key] for key in outside},
+                                          validation_share=VALIDATION_SHARE, seed=seed)
+    parts = {"training": training, "validation": validation}
+    return parts if test is None else parts | {"test": test}
+
+
+def split_fold(patient_ids: Iterable[str], *, folds: int, fold: int) -> tuple[list[str], list[str]]:
+    """Splits ids into those outside and those in a fold: MD5 of the id modulo `folds`.
 
     Depends on each id alone, so a fold stays the same when other images come or go.
     """
     parts = [], []
     for patient_id in sorted(patient_ids):
-        digest = int(hashlib.md5(patient_id.encode(), usedforsecurity=False).hexdigest(), 16)
-        parts[digest % folds == fold].append(patient_id)
+        digest = hashlib.md5(patient_id.encode(), usedforsecurity=False).hexdigest()
+        parts[int(digest, 16) % folds == fold].append(patient_id)
     return parts
 
 
-def split_patients(labels, *, validation_share, seed):
-    """Splits {patient_id: has_opacity} at random, each of the two classes by itself, into (training, validation) ids.
+def split_patients(labels: Mapping[str, bool], *, validation_share: float,
+                   seed: int) -> tuple[list[str], list[str]]:
+    """Splits {patient_id: has_opacity} at random, each class by itself, into (training,
+    validation) ids.
 
-    Depends on the ids and the seed alone, not on the order of the table: ids follow the batches of annotation.
+    Depends on the ids and the seed alone, not on the order of the table: ids follow the batches of
+    annotation.
     """
     rng = np.random.default_rng(seed)
-    parts = [], []
+    training, validation = [], []
     for has_opacity in (False, True):
-        ids = rng.permutation(sorted(key for key, label in labels.items() if bool(label) == has_opacity)).tolist()
+        ids = sorted(key for key, label in labels.items() if bool(label) == has_opacity)
+        ids = rng.permutation(ids).tolist()
         held_out = round(len(ids) * validation_share)
-        parts[0].extend(ids[held_out:])
-        parts[1].extend(ids[:held_out])
-    return sorted(parts[0]), sorted(parts[1])
+        training.extend(ids[held_out:])
+        validation.extend(ids[:held_out])
+    return sorted(training), sorted(validation)
 
 
 class Augmentation:
-    """Another random warp and exposure for every image of a batch, the same geometry for image and mask.
+    """Another random warp and exposure for every image of a batch, the same warp for its mask.
 
-    Calls take images and masks, float (B, 1, S, S) in 0..1, on any device, and return the same; no value of a mask is
-    new. The draws come from the CPU generator given, so they do not depend on the device.
+    Calls take images and masks, float (B, 1, S, S) in 0..1, on any device, and return the same; no
+    value of a mask is new. The draws come from the CPU generator given, so they do not depend on
+    the device.
     """
     rotation = 8 * np.pi / 180  # radians
     scale, shift = 0.12, 0.08  # share of the image
     displacement = 0.015  # standard deviation of the smooth field, in half images
     exposure = 0.25  # log2 of gamma; gain goes half as far
 
-    def __init__(self, generator):
+    def __init__(self, generator: torch.Generator | None):
         self.generator = generator
 
-    def _uniform(self, count, limit):
-        return (torch.rand(count, generator=self.generator) * 2 - 1) * limit
-
-    def __call__(self, images, masks):
-        count = len(images)
-        nodes = self._nodes(count).to(images.device, non_blocking=True)
-        grid = F.interpolate(nodes, images.shape[-2:], mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
-        gamma, gain = 2 ** torch.stack([self._uniform(count, self.exposure), self._uniform(count, self.exposure / 2)])
-        gamma, gain = (factor.to(images.device, non_blocking=True).view(-1, 1, 1, 1) for factor in (gamma, gain))
+    def __call__(self, images: torch.Tensor,
+                 masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        count, size, device = len(images), images.shape[-2:], images.device
+        # one warp for image and mask
+        nodes = self._nodes(count).to(device, non_blocking=True)
+        grid = F.interpolate(nodes, size, mode="bilinear", align_corners=True)
+        grid = grid.permute(0, 2, 3, 1)  # (B, S, S, 2)
+        gamma = 2 ** self._uniform(count, self.exposure)
+        gain = 2 ** self._uniform(count, self.exposure / 2)
         images = F.grid_sample(images, grid, mode="bilinear", align_corners=True)
         masks = F.grid_sample(masks, grid, mode="nearest", align_corners=True)
-        return (images ** gamma * gain).clamp_(0, 1), masks
+        # exposure of the image alone
+        gamma = gamma.to(device, non_blocking=True).view(-1, 1, 1, 1)
+        gain = gain.to(device, non_blocking=True).view(-1, 1, 1, 1)
+        return (images**gamma * gain).clamp_(0, 1), masks
 
     def _nodes(self, count):
-        """Nodes (B, 2, 5, 5) of the sampling grid: turned, scaled, shifted, flipped, and each displaced."""
-        angle, scale = self._uniform(count, self.rotation), 1 + self._uniform(count, self.scale)
+        """Nodes (B, 2, 5, 5) of the sampling grid: turned, scaled, flipped, shifted, displaced."""
+        angle = self._uniform(count, self.rotation)
+        scale = 1 + self._uniform(count, self.scale)
         flip = torch.randint(2, (count,), generator=self.generator) * 2 - 1
         cos, sin = angle.cos() * scale, angle.sin() * scale
+        matrix = torch.stack([cos * flip, -sin, sin * flip, cos], dim=1).view(count, 2, 2)
         shift = self._uniform((count, 2, 1), 2 * self.shift)  # the grid runs from -1 to 1
-        theta = torch.cat([torch.stack([cos * flip, -sin, sin * flip, cos], 1).view(count, 2, 2), shift], dim=2)
-        nodes = F.affine_grid(theta, (count, 1, 5, 5), align_corners=True).permute(0, 3, 1, 2)  # (B, 2, 5, 5)
+        theta = torch.cat([matrix, shift], dim=2)
+        nodes = F.affine_grid(theta, (count, 1, 5, 5), align_corners=True).permute(0, 3, 1, 2)
         return nodes + torch.randn(nodes.shape, generator=self.generator) * self.displacement
+
+    def _uniform(self, shape, limit):
+        return (torch.rand(shape, generator=self.generator) * 2 - 1) * limit

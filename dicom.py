@@ -1,24 +1,15 @@
 """DICOM files, without PyTorch: finds them in a folder, reads their headers and their pixels."""
 
 import io
-import mmap
-import multiprocessing
+import json
 import os
 import re
-import signal
 import stat
-import sys
-import traceback
-import warnings
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -28,16 +19,17 @@ from pydicom.pixels import apply_color_lut, pixel_array
 from pydicom.tag import Tag
 from pydicom.uid import JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLosslessSV1
 
-from greyscale import ImageWarning, displayed, note, read_cells, read_hints, unit_range
+from cli import IMAGE_SIDE, InputError
+from greyscale import displayed, note, read_cells, read_hints, unit_range
 
-IMAGE_SIDE = 1024  # pixels a side in the challenge; the network sees IMAGE_SIDE / rescale_factor
-MAX_PIXELS = 2**25  # pixels of one frame, about twice the largest radiographs; more is refused before it is allocated
-TIME_LIMIT = 5  # seconds of CPU time for one file, the same on a busy machine and an idle one
-WAIT_LIMIT = 300  # seconds by the clock until a reader is taken for asleep
+# of one frame, about twice the largest radiographs; more is refused before it is allocated
+MAX_PIXELS = 2**25
+# layout of the challenge; the marker is sample_data.py's
+TRAIN_IMAGES, TEST_IMAGES = "stage_2_train_images", "stage_2_test_images"
+MARKER = "synthetic.json"
 TAGS = ["PatientSex", "PatientAge", "ViewPosition", "Rows", "Columns"]
 TAG_NUMBERS = [Tag(name) for name in TAGS]  # looked up once, not for every file
 DICOM_SUFFIXES = {"", ".dcm", ".dicom", ".dic", ".ima"}  # and numbers; any other is looked into
-INTERNAL_ERROR = "was not read because of an internal error; its traceback is on stderr"
 
 
 def patient_id_of(path: Path, folder: Path | None = None) -> str:
@@ -90,6 +82,19 @@ def find_dicom_files(
     return files, skipped
 
 
+def refuse_mixture(folder: Path, files: dict[str, Path]) -> None:
+    """Raises InputError if sample_data.py made the folder, but not all of its files."""
+    marker = Path(folder).parent / MARKER
+    if not marker.exists():
+        return
+    made = json.loads(marker.read_text())
+    expected = {TRAIN_IMAGES: made["train"], TEST_IMAGES: made["test"]}.get(Path(folder).name)
+    if expected is not None and len(files) > expected:
+        raise InputError(
+            f"{folder} holds {len(files)} files, sample_data.py made {expected}: phantoms and "
+            "radiographs are mixed; give each a folder of its own, named by TRAINML_DATA_PATH")
+
+
 def _walk(folder, leave_out, skipped):
     """Yields the paths of files, and searches each real folder once."""
     def unreadable(error):
@@ -133,7 +138,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def reason_of(error: Exception) -> str:
-    """One plain line on why a DICOM file cannot be read, for whatever pydicom or a decoder raised."""
+    """One plain line on why a file cannot be read, for whatever pydicom or a decoder raised."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be opened: {error.strerror}"
@@ -144,7 +149,8 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nests its sequences too deeply"
     if "all available plugins" in text:
-        return "holds pixels that no decoder can read: they are damaged, or not what the header says"
+        return ("holds pixels that no decoder can read: they are damaged, or not what the header "
+                "says")
     # a message that names a tag or the pixel data is for people; others are about Python objects
     about_dicom = re.search(r"\([0-9A-F]{4},[0-9A-F]{4}\)|pixel data|file position", text)
     if about_dicom and not re.search(r"<|\\x|\bb'", text):
@@ -152,23 +158,13 @@ def reason_of(error: Exception) -> str:
     return "has a header that is damaged or lacks a needed value"
 
 
-def limit_memory(more: int = 5 * 2**28) -> None:
-    """Lets this process allocate `more` bytes than it holds: some MB of hostile DICOM can inflate to many GB."""
-    if sys.platform != "linux":
-        return
-    import resource
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
-    with suppress(ValueError):  # there is a lower limit already
-        resource.setrlimit(resource.RLIMIT_AS, (held + more, held + more))
-
-
 class UnreadableImage(ValueError):
     """A file that holds no radiograph we can decode; the message is the reason."""
 
 
 @contextmanager
-def decoding_errors():
-    """Around calls into pydicom and its decoders: whatever they raise on a broken file becomes UnreadableImage."""
+def decoding_errors() -> Iterator[None]:
+    """Around calls into pydicom and its decoders: what they raise becomes UnreadableImage."""
     try:
         with config.disable_value_validation():
             yield
@@ -228,7 +224,8 @@ def _check_header(header):
     if not header["has_pixels"]:
         raise UnreadableImage("has no pixel data")
     if not 0 < rows * columns <= MAX_PIXELS:
-        raise UnreadableImage(f"declares {columns} x {rows} pixels; 1 to {MAX_PIXELS:,} can be read")
+        raise UnreadableImage(
+            f"declares {columns} x {rows} pixels; 1 to {MAX_PIXELS:,} can be read")
     if not header["syntax"]:
         raise UnreadableImage("does not say how its pixels are encoded: it has no transfer syntax")
     if frames > 1:
@@ -238,8 +235,8 @@ def _check_header(header):
 def _read_jpeg(dataset, header, side):
     """First frame of the challenge's own kind of file as a Pillow image `L` with air dark.
 
-    None if Pillow does not know the stream, as with 12 bits under the name of 8. Decodes at 1/2, 1/4
-    or 1/8 of the size while that is not below `side`: on average 0.07 of 255 grey levels from
+    None if Pillow does not know the stream, as with 12 bits under the name of 8. Decodes at 1/2,
+    1/4 or 1/8 of the size while that is not below `side`: on average 0.07 of 255 grey levels from
     decoding in full and averaging blocks, at two thirds of the time.
     """
     declared = header["Columns"], header["Rows"]
@@ -282,139 +279,3 @@ def _decode(dataset, header):
     pixels = pixel_array(dataset, index=0, correct_unused_bits=not header["is_grey"])
     is_palette = header["PhotometricInterpretation"] == "PALETTE COLOR"
     return apply_color_lut(pixels, dataset) if is_palette else pixels
-
-
-class Reading(NamedTuple):
-    """What became of one file: a `value` or a `problem`; `note` tells what the value lacks."""
-    value: Any = None
-    problem: str = ""
-    note: str = ""
-    trace: str = ""  # of an error of our own
-
-
-def _read(function, path, caught):
-    caught.clear()
-    _limit_time(TIME_LIMIT)
-    try:
-        value = function(path)
-    except UnreadableImage as error:
-        return Reading(problem=str(error))
-    except MemoryError as error:
-        return Reading(problem=reason_of(error))
-    except Exception:
-        return Reading(problem=INTERNAL_ERROR, trace=traceback.format_exc())
-    return Reading(value, note="; ".join(str(warning.message) for warning in caught))
-
-
-def _limit_time(seconds):
-    """Has this process killed by SIGPROF after so many seconds of CPU time; 0 for never."""
-    if hasattr(signal, "setitimer"):  # not on Windows
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-
-
-def _serve(connection, parent_end, function):
-    """Loop of a reader: silences stderr, ignores Ctrl-C, ends when the parent closes the pipe."""
-    parent_end.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    limit_memory()
-    with warnings.catch_warnings(record=True) as caught, suppress(EOFError, OSError):
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("always", ImageWarning)
-        while True:
-            readings = [_read(function, path, caught) for path in connection.recv()]
-            _limit_time(0)
-            connection.send(readings)
-
-
-_starting = Lock()  # a reader must not inherit the other end of another's pipe before it is closed
-
-
-def read_files(
-        function: Callable[[Path], Any], paths: Iterable[Path], *, workers: int, chunk_size: int = 8,
-) -> Iterator[Reading]:
-    """Yields a Reading of function(path) for each path, in order, from processes that read ahead.
-
-    The function raises UnreadableImage for a file that it cannot read, and warns with ImageWarning
-    of what it leaves out; the traceback of any other error is printed once. The files of a reader
-    that crashes or takes too long are tried again one by one while no other is read.
-    """
-    paths, printed = list(paths), {""}
-    size = min(chunk_size, len(paths) // (4 * workers) + 1)  # of what a reader gets at a time
-    started, idle, window = [], SimpleQueue(), deque()
-
-    # fork starts in milliseconds and is safe here: the child runs neither PyTorch nor threads
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-
-    def start():
-        with _starting:
-            ours, theirs = context.Pipe()  # pipes need no semaphores, so /dev/shm may be missing
-            process = context.Process(target=_serve, args=(theirs, ours, function), daemon=True)
-            process.start()
-            theirs.close()
-        started.append(process)
-        idle.put((process, ours))
-
-    def read(chunk):
-        process, connection = idle.get()
-        problem = f"took more than {WAIT_LIMIT} seconds to read"
-        try:
-            connection.send(chunk)
-            if connection.poll(WAIT_LIMIT):
-                readings = connection.recv()
-                idle.put((process, connection))
-                return readings
-        except (EOFError, OSError):
-            problem = "crashed its decoder"
-        process.kill()
-        process.join()
-        if -process.exitcode == getattr(signal, "SIGPROF", None):
-            problem = f"took more than {TIME_LIMIT} seconds of CPU time to decode"
-        start()
-        return problem
-
-    def take():
-        chunk, future = window.popleft()
-        readings = future.result()
-        if isinstance(readings, str):
-            wait([future for _, future in window])
-            again = [read([path]) for path in chunk]
-            readings = [Reading(problem=one) if isinstance(one, str) else one[0] for one in again]
-        for reading in readings:
-            place = reading.trace.rstrip().rpartition("\n")[0]
-            if place not in printed:
-                print(reading.trace, file=sys.stderr)
-                printed.add(place)
-        return readings
-
-    for _ in range(min(workers, len(paths))):
-        start()
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for first in range(0, len(paths), size):
-            chunk = paths[first:first + size]
-            window.append((chunk, pool.submit(read, chunk)))
-            if len(window) > 2 * workers:
-                yield from take()
-        while window:
-            yield from take()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in started:
-            process.kill()
-        pool.shutdown()
-        for process in started:
-            process.kill()
-            process.join()
-
-
-def read_images(paths: Iterable[Path], *, rescale_factor: int, workers: int) -> Iterator[Reading]:
-    """Yields a Reading of read_image for each path, in order."""
-    return read_files(partial(read_image, rescale_factor=rescale_factor), paths, workers=workers)
-
-
-def read_image(path: Path, rescale_factor: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """load_and_prepare_image with the image as uint8 (S, S) in 0..255."""
-    image, original_size = load_and_prepare_image(path, rescale_factor)
-    return (image * 255 + 0.5).astype(np.uint8), original_size

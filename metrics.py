@@ -1,27 +1,36 @@
-"""Boxes and scores in NumPy: mask to boxes, the challenge's metric, threshold search, submission strings.
+"""Boxes and scores: mask to boxes, the challenge's metric, threshold search, submission strings.
 
-Boxes are `[x, y, width, height]` with the upper-left corner at (x, y); no function here cares in which pixels.
+Boxes are `[x, y, width, height]` with the upper-left corner at (x, y), in original pixels unless
+said otherwise; masks are in network pixels, and `rescale_boxes` is the only bridge.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import ndimage
+import torch
+from skimage import measure
+from sklearn.metrics import roc_auc_score
+from torchvision.ops import box_convert, box_iou
 
 # https://www.kaggle.com/c/rsna-pneumonia-detection-challenge/overview/evaluation
 IOU_THRESHOLDS = (0.40, 0.45, 0.50, 0.55, 0.60, 0.65, 0.70, 0.75)
-MIN_AREA = 5000 / 1024**2  # share of the image; 99 % of the challenge's boxes cover 9,624 / 1024**2
-BOX_THRESHOLDS = np.arange(1, 60) / 60  # mask probabilities that the search tries
-GATE_THRESHOLDS = np.arange(20) / 20  # image probabilities that the search tries
-BOOTSTRAPS = 1000  # samples of the images that a standard error is computed from
-PROOF = 2  # standard errors by which other thresholds must beat the defaults
+# share of the image that a box covers at least; 99 % of the challenge's are above 9,624 / 1024**2
+MIN_AREA = 5000 / 1024**2
+TYPICAL_SIDES = (217 / 1024, 298 / 1024)  # median width and height there, in shares of the image
+BOX_THRESHOLDS = np.arange(1, 60) / 60  # what the search tries
+GATE_THRESHOLDS = np.arange(20) / 20
+BOOTSTRAPS = 200  # samples of the images that a standard error is computed from
+PROOF = 2  # standard errors that are taken off the gain of other thresholds than the defaults
 
 
 class Thresholds(NamedTuple):
-    """Probabilities above which a pixel belongs to a box (`box`) and below which an image has no boxes (`gate`)."""
-    box: float
-    gate: float
+    """How a mask becomes boxes: above which probability a pixel belongs to a box, below which
+    highest probability the image has none, and the weight of regress_sides."""
+    box: float = 0.5
+    gate: float = 0.8
     source: str = "defaults"
+    size_weight: float = 0.8
 
     def __str__(self):
         return f"box threshold {self.box:.2f}, gate threshold {self.gate:.2f} ({self.source})"
@@ -36,52 +45,95 @@ class Evaluation(NamedTuple):
     scores: np.ndarray  # (N, T) average precision without a gate; NaN for a true negative
 
 
-def parse_boxes(mask, threshold, min_area=0):
-    """Boxes around the connected regions (8 neighbours) of a probability mask (H, W) above `threshold`.
+def rescale_boxes(boxes, from_size: tuple[int, int], to_size: tuple[int, int]) -> np.ndarray:
+    """Boxes (n, 4) of an image of from_size (height, width) in the pixels of to_size."""
+    scale = np.array([to_size[1] / from_size[1], to_size[0] / from_size[0]] * 2)
+    return np.asarray(boxes, float).reshape(-1, 4) * scale
 
-    Regions of fewer than `min_area` pixels of the mask are left out. Returns boxes (n, 4) in pixels of the mask and
-    confidences (n,), each the mean probability of its region, in descending order of confidence.
+
+def image_confidence(mask: np.ndarray) -> float:
+    """Confidence in 0..1 that the image has an opacity: its mask's highest probability."""
+    return float(mask.max())
+
+
+def parse_boxes(mask: np.ndarray, threshold: float,
+                min_area: float = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes around the connected regions (8 neighbours) of a mask of probabilities (H, W).
+
+    Regions are what exceeds `threshold` in at least `min_area` pixels. Returns boxes (n, 4) in
+    pixels of the mask and confidences (n,), the mean probability of each region, in descending
+    order of confidence.
     """
     above = mask > threshold
     rows, columns = above.any(axis=1).nonzero()[0], above.any(axis=0).nonzero()[0]
     if not rows.size:
         return np.zeros((0, 4)), np.zeros(0)
     top, left = rows[0], columns[0]
-    part = slice(top, rows[-1] + 1), slice(left, columns[-1] + 1)
-    labels, count = ndimage.label(above[part], structure=np.ones((3, 3)))
-    inside = labels[above[part]]
-    areas = np.bincount(inside, minlength=count + 1)[1:]
-    confidences = np.bincount(inside, weights=mask[part][above[part]], minlength=count + 1)[1:] / areas
-    boxes = np.array([[left + x.start, top + y.start, x.stop - x.start, y.stop - y.start]
-                      for y, x in ndimage.find_objects(labels)], dtype=float)
-    keep = np.flatnonzero(areas >= min_area)
-    keep = keep[np.argsort(-confidences[keep], kind="stable")]
-    return boxes[keep], confidences[keep]
+    part = slice(top, rows[-1] + 1), slice(left, columns[-1] + 1)  # a fifth of the mask or less
+    labels = measure.label(above[part], connectivity=2)
+    regions = [region for region in measure.regionprops(labels, mask[part])
+               if region.area >= min_area]
+    regions.sort(key=lambda region: -region.intensity_mean)
+    boxes = [[left + x0, top + y0, x1 - x0, y1 - y0]
+             for y0, x0, y1, x1 in (region.bbox for region in regions)]
+    confidences = np.array([region.intensity_mean for region in regions], float)
+    return np.array(boxes, float).reshape(-1, 4), confidences
 
 
-def box_iou(boxes, others):
-    """Intersection over union of boxes (n, 4) with others (m, 4) by coordinates: (n, m) in 0..1."""
-    first, second = np.asarray(boxes, float).reshape(-1, 1, 4), np.asarray(others, float).reshape(1, -1, 4)
-    low = np.maximum(first[..., :2], second[..., :2])
-    high = np.minimum(first[..., :2] + first[..., 2:], second[..., :2] + second[..., 2:])
-    intersection = np.clip(high - low, 0, None).prod(axis=-1)
-    union = first[..., 2:].prod(axis=-1) + second[..., 2:].prod(axis=-1) - intersection
-    return intersection / np.maximum(union, np.finfo(float).tiny)
+def find_boxes(mask: np.ndarray, original_size: tuple[int, int],
+               thresholds: Thresholds) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (n, 4) in original pixels and confidences (n,) of a mask (S, S) of probabilities.
+
+    No boxes if image_confidence is below the gate; regions below MIN_AREA are left out.
+    """
+    if image_confidence(mask) < thresholds.gate:
+        return np.zeros((0, 4)), np.zeros(0)
+    boxes, confidences = parse_boxes(mask, thresholds.box, MIN_AREA * mask.size)
+    boxes = rescale_boxes(boxes, mask.shape, original_size)
+    return regress_sides(boxes, original_size, thresholds.size_weight), confidences
 
 
-def average_precision_image(predicted_boxes, confidences, target_boxes):
+def regress_sides(boxes: np.ndarray, original_size: tuple[int, int], weight: float) -> np.ndarray:
+    """Boxes (n, 4) of an image (height, width), their sides drawn towards TYPICAL_SIDES.
+
+    Each side becomes side**weight * typical**(1 - weight) about its centre and is cut off at the
+    image, because boxes that come out small are mostly too small, and large ones too large
+    (regression to the mean). A weight of 1 leaves them as they are.
+    """
+    size = np.array(original_size[::-1])
+    grown = boxes[:, 2:] ** weight * (size * TYPICAL_SIDES) ** (1 - weight) - boxes[:, 2:]
+    low = np.clip(boxes[:, :2] - grown / 2, 0, size)
+    high = np.clip(boxes[:, :2] + boxes[:, 2:] + grown / 2, 0, size)
+    return np.hstack([low, high - low])
+
+
+def average_precision_image(predicted_boxes, confidences, target_boxes) -> float:
     """The challenge's score of one image: the mean over IOU_THRESHOLDS of TP / (TP + FP + FN).
 
-    In descending confidence each prediction takes the target left over that it overlaps most, if their IoU is above the
-    threshold. Both kinds of boxes in the same pixels. NaN if there are neither predictions nor targets, 0 if there is
-    only one of the two.
+    In descending confidence each prediction takes the free target that it overlaps most, if their
+    IoU is strictly above the threshold. Both kinds of boxes in the same pixels. NaN if there are
+    neither predictions nor targets, 0 if there is only one of the two.
     """
     predictions, targets = len(predicted_boxes), len(target_boxes)
     if not predictions or not targets:
         return 0.0 if predictions or targets else float("nan")
-    iou = box_iou(predicted_boxes, target_boxes)[np.argsort(-np.asarray(confidences, float), kind="stable")]
-    hits = [_count_hits(iou, threshold) for threshold in IOU_THRESHOLDS]
-    return float(np.mean([hit / (predictions + targets - hit) for hit in hits]))
+    order = np.argsort(-np.asarray(confidences, float), kind="stable")
+    iou = box_iou(_corners(predicted_boxes)[order], _corners(target_boxes)).numpy()
+    hits = np.array([_count_hits(iou, threshold) for threshold in IOU_THRESHOLDS])
+    return float((hits / (predictions + targets - hits)).mean())
+
+
+def score_mask(mask: np.ndarray, original_size: tuple[int, int], target_boxes: np.ndarray,
+               box_thresholds: Sequence[float]) -> list[float]:
+    """Average precision of the boxes found at each box threshold, without a gate."""
+    found = [find_boxes(mask, original_size, Thresholds(box=threshold, gate=0))
+             for threshold in box_thresholds]
+    return [average_precision_image(*predicted, target_boxes) for predicted in found]
+
+
+def _corners(boxes):
+    """[x0, y0, x1, y1] in float64: with float32 an IoU of exactly a threshold may exceed it."""
+    return box_convert(torch.as_tensor(np.asarray(boxes, float)), "xywh", "xyxy")
 
 
 def _count_hits(iou, threshold):
@@ -95,80 +147,101 @@ def _count_hits(iou, threshold):
     return hits
 
 
-def mean_average_precision(scores):
-    """The challenge's score of a data set: mean over images (N, ...) without the NaN of true negatives; 0 if all are."""
+def mean_average_precision(scores: np.ndarray) -> np.ndarray:
+    """The challenge's score: mean over images (N, ...) without the NaN of true negatives, or 0."""
     return np.nansum(scores, axis=0) / np.maximum((~np.isnan(scores)).sum(axis=0), 1)
 
 
-def total_average_precision(scores):
-    """The tutorial's number: sum over images (N,) divided by all of them, a true negative counting 0."""
+def total_average_precision(scores: np.ndarray) -> float:
+    """The tutorial's number: sum over images (N,) divided by all, a true negative counting 0."""
     return float(np.nansum(scores) / max(len(scores), 1))
 
 
-def roc_auc(scores, labels):
-    """Area under the ROC curve of image scores (N,) for boolean labels (N,), from the rank sum (Mann-Whitney U).
-
-    NaN if one of the two classes is absent.
-    """
-    scores, labels = np.asarray(scores, float), np.asarray(labels, bool)
-    positives, negatives = scores[labels], np.sort(scores[~labels])
-    if not positives.size or not negatives.size:
+def roc_auc(confidences: np.ndarray, positive: np.ndarray) -> float:
+    """Area under the ROC curve of the image decision; NaN if one of the two classes is absent."""
+    if positive.all() or not positive.any():
         return float("nan")
-    below = np.searchsorted(negatives, positives, "left") + np.searchsorted(negatives, positives, "right")
-    return float(below.mean() / 2 / negatives.size)
+    return float(roc_auc_score(positive, confidences))
 
 
-def summarize(evaluation, gate, column=0):
-    """Figures of an Evaluation at one of its box thresholds and a gate, under the names of metrics.json."""
-    scores = gate_scores(evaluation, gate)[:, column]
-    figures = {"loss": evaluation.loss, "rsna": float(mean_average_precision(scores)),
-               "rsna_standard_error": float(bootstrap(scores).std()), "total": total_average_precision(scores),
-               "auc": roc_auc(evaluation.confidences, evaluation.positive)}
-    for view in ("AP", "PA"):
-        part = evaluation.views == view
-        figures[f"auc_{view}"] = roc_auc(evaluation.confidences[part], evaluation.positive[part])
-    return figures
+def bootstrap(scores: np.ndarray) -> np.ndarray:
+    """mean_average_precision of BOOTSTRAPS samples of the images with scores (N, ...), drawn alike
+    at every call: (BOOTSTRAPS, ...)."""
+    images = len(scores)
+    rng = np.random.default_rng(0)
+    drawn = rng.multinomial(images, np.full(images, 1 / images), BOOTSTRAPS).astype(float)
+    return drawn @ np.nan_to_num(scores) / np.maximum(drawn @ ~np.isnan(scores), 1)
 
 
-def score_lines(figures, images):
-    """What a script prints of the figures of summarize; the last two lines are the tutorial's."""
-    by_view = [f"{view} {figures[f'auc_{view}']:.4f}" for view in ("AP", "PA") if figures[f"auc_{view}"] >= 0]
-    return [f"Image ROC AUC: {figures['auc']:.4f}" + (f" (within views: {', '.join(by_view)})" if by_view else ""),
-            f"Standard error of the RSNA mAP: {figures['rsna_standard_error']:.4f} (bootstrap over {images} images)",
-            f"RSNA Mean Average Precision: {figures['rsna']:.4f}", f"Total Average Precision: {figures['total']:.4f}"]
-
-
-def gate_scores(evaluation, gate):
-    """Scores (N, T) of an Evaluation once images below the gate have no boxes: such an image is worth 0 if it has a true
-    box, NaN if it has none."""
+def gate_scores(evaluation: Evaluation, gate: float) -> np.ndarray:
+    """Scores (N, T) once images below the gate have no boxes: such an image is worth 0 if it has a
+    true box, NaN if it has none."""
     below = np.where(evaluation.positive, 0.0, np.nan)[:, None]
     return np.where(evaluation.confidences[:, None] >= gate, evaluation.scores, below)
 
 
-def search_thresholds(evaluation, gate_thresholds, default):
-    """Finds the pair of thresholds with the best mean average precision on the images of an Evaluation.
+def summarize(evaluation: Evaluation, gate: float, column: int = 0) -> dict[str, float]:
+    """Figures of an Evaluation at a gate and one of its box thresholds."""
+    scores = gate_scores(evaluation, gate)[:, column]
+    confidences, positive = evaluation.confidences, evaluation.positive
+    figures = {"loss": evaluation.loss, "rsna": float(mean_average_precision(scores)),
+               "rsna_standard_error": float(bootstrap(scores).std()),
+               "total": total_average_precision(scores), "auc": roc_auc(confidences, positive)}
+    for view in ("AP", "PA"):
+        part = evaluation.views == view
+        figures[f"auc_{view}"] = roc_auc(confidences[part], positive[part])
+    return figures
 
-    The best of many noisy scores is mostly luck, so the `default` pair stays unless the gain over it exceeds PROOF
-    standard errors of that gain (docs/experiments.md). Pairs are indices of (box threshold, gate threshold). Returns the
-    pair and the table (T, G) of mean average precision at every pair; its maximum is taken after smoothing over 3 x 3
-    pairs, so that a noisy peak is not chosen.
+
+def score_lines(figures: dict[str, float], images: int) -> list[str]:
+    """What a script prints of `summarize`; the last two lines are the tutorial's."""
+    views = [f"{view} {figures[f'auc_{view}']:.4f}" for view in ("AP", "PA")
+             if figures[f"auc_{view}"] >= 0]
+    within = f" (within views: {', '.join(views)})" if views else ""
+    return [f"Image ROC AUC: {figures['auc']:.4f}{within}",
+            f"Standard error of the RSNA mAP: {figures['rsna_standard_error']:.4f} "
+            f"(bootstrap over {images} images)",
+            f"RSNA Mean Average Precision: {figures['rsna']:.4f}",
+            f"Total Average Precision: {figures['total']:.4f}"]
+
+
+def search_thresholds(evaluation: Evaluation, gates: Sequence[float],
+                      default: tuple[int, int]) -> tuple[tuple[int, int], np.ndarray]:
+    """Finds the pair of thresholds that an Evaluation proves best, and the table (T, G) of the
+    scores of all pairs; pairs are indices of (box threshold, gate).
+
+    The best of many noisy scores is mostly luck. So a pair counts with its gain over the `default`
+    pair less PROOF standard errors of that gain, and the default stays where nothing is left of any
+    gain (docs/experiments.md). A pair close to the default needs little proof: its gain varies
+    little.
     """
-    gated = [gate_scores(evaluation, gate) for gate in gate_thresholds]
-    table = np.stack([mean_average_precision(scores) for scores in gated], axis=1)
-    smooth = ndimage.uniform_filter(table, 3, mode="nearest")
-    best = tuple(int(index) for index in np.unravel_index(smooth.argmax(), table.shape))
-    gains = np.subtract(*(bootstrap(gated[gate][:, column]) for column, gate in (best, default)))
-    return best if table[best] - table[default] > PROOF * gains.std() else default, table
+    gated = [gate_scores(evaluation, gate) for gate in gates]
+    table = np.stack([mean_average_precision(scores) for scores in gated], axis=-1)
+    samples = np.stack([bootstrap(scores) for scores in gated], axis=-1)  # (BOOTSTRAPS, T, G)
+    gains = samples - samples[:, default[0], default[1]][:, None, None]
+    proven = table - table[default] - PROOF * gains.std(axis=0)
+    best = tuple(int(index) for index in np.unravel_index(proven.argmax(), proven.shape))
+    return best if proven[best] > 0 else default, table
 
 
-def bootstrap(scores):
-    """mean_average_precision of BOOTSTRAPS bootstrap samples of the images with scores (N,); the same draws for all."""
-    images = len(scores)
-    drawn = np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), BOOTSTRAPS)
-    return drawn @ np.nan_to_num(scores) / np.maximum(drawn @ ~np.isnan(scores), 1)
+def choose_thresholds(evaluate: Callable[[Sequence[float]], Evaluation],
+                      given: Thresholds) -> Thresholds:
+    """The given thresholds, or those that search_thresholds proves better, on the images that
+    `evaluate` scores at any box thresholds."""
+    box_thresholds = np.union1d(BOX_THRESHOLDS, given.box).tolist()
+    gates = np.union1d(GATE_THRESHOLDS, given.gate).tolist()
+    default = box_thresholds.index(given.box), gates.index(given.gate)
+    evaluation = evaluate(box_thresholds)
+    (box, gate), _ = search_thresholds(evaluation, gates, default)
+    images = len(evaluation.scores)
+    if (box, gate) == default:
+        source = f"{given.source}; a search on {images} images proved nothing better"
+        return given._replace(source=source)
+    return Thresholds(box_thresholds[box], gates[gate], f"searched on {images} images")
 
 
-def prediction_string(boxes, confidences):
+def prediction_string(boxes: np.ndarray, confidences: np.ndarray) -> str:
     """`confidence x y width height ...` in descending confidence; empty for no boxes."""
     order = np.argsort(-np.asarray(confidences, float), kind="stable")
-    return " ".join(f"{confidences[i]:.4f} " + " ".join(f"{value:.1f}" for value in boxes[i]) for i in order)
+    return " ".join(f"{confidences[i]:.4f} " + " ".join(f"{value:.1f}" for value in boxes[i])
+                    for i in order)

@@ -1,15 +1,20 @@
-"""The U-Net that segments lung opacities, and its checkpoint files."""
+"""The U-Net that segments lung opacities, where it runs, and its checkpoint files."""
+
+import io
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from job import InputError, atomic_write
+from cli import IMAGE_SIDE, InputError, atomic_write
 
-GRID = 64  # squares a side in which our networks see an image, whatever its pixels
-SMALLEST_GRID = 32  # at which the five halvings leave 1
-PRIOR_LOGIT = -3.0  # sigmoid(-3) = 0.047: about the share of opacity pixels when positives are drawn more often
+PATCHES_PER_SIDE = 64  # the U-Net runs on at most 64 x 64 patches
+FEWEST_PATCHES = 32  # a side, at which the five halvings leave 1
+# sigmoid(-3) = 0.047: about the share of opacity pixels when positives are drawn more often
+PRIOR_LOGIT = -3.0
 
 
 class ConvBlock(nn.Module):
@@ -18,15 +23,18 @@ class ConvBlock(nn.Module):
     def __init__(self, in_channels, out_channels, *, alpha_leaky, bn_eps, bn_momentum, plain=False):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.bn = nn.Identity() if plain else nn.BatchNorm2d(out_channels, eps=bn_eps, momentum=bn_momentum)
-        self.act = nn.Identity() if plain else nn.LeakyReLU(alpha_leaky, inplace=True)
+        if plain:
+            self.bn = self.act = nn.Identity()
+        else:
+            self.bn = nn.BatchNorm2d(out_channels, eps=bn_eps, momentum=bn_momentum)
+            self.act = nn.LeakyReLU(alpha_leaky, inplace=True)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(self.bn(self.conv(x)))
 
 
 class UpBlock(nn.Module):
-    """3x3 transposed convolution of stride 2 to the size of the skip connection, BatchNorm, LeakyReLU."""
+    """3x3 transposed convolution of stride 2 to the size of the skip connection; as ConvBlock."""
 
     def __init__(self, in_channels, out_channels, *, alpha_leaky, bn_eps, bn_momentum):
         super().__init__()
@@ -34,24 +42,26 @@ class UpBlock(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels, eps=bn_eps, momentum=bn_momentum)
         self.act = nn.LeakyReLU(alpha_leaky, inplace=True)
 
-    def forward(self, x, skip):
+    def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         x = self.act(self.bn(self.conv_t(x, output_size=skip.shape[-2:])))
         return torch.cat([skip, x], dim=1)
 
 
 class PneumoniaUNET(nn.Module):
-    """U-Net of five levels on squares of `patch_size` x `patch_size` pixels.
+    """U-Net of five levels on patches of `patch_size` x `patch_size` pixels.
 
-    The pixels of a square are the channels of the first convolution, and the logits of the squares are interpolated to
-    pixels: opacities are large, so this is as good as a U-Net on pixels, and takes 1 / patch_size**2 of its time.
-    `alpha_leaky` is the negative slope of every LeakyReLU; `bn_momentum` and `bn_eps` follow PyTorch's convention.
-    `earlier` builds the network of the earlier implementation, whose last block ends in BatchNorm and LeakyReLU.
+    The pixels of a patch are the channels of the first convolution, and the patches' logits are
+    interpolated to pixels: opacities are large, so this is as good as a U-Net on pixels, and takes
+    1 / patch_size**2 of its time. `alpha_leaky` is the negative slope of every LeakyReLU;
+    `bn_momentum` and `bn_eps` follow PyTorch's convention. `legacy` builds the network of the
+    earlier implementation, whose last block ends in BatchNorm and LeakyReLU.
     """
 
-    def __init__(self, *, patch_size=1, alpha_leaky=0.03, bn_eps=1e-5, bn_momentum=0.1, earlier=False):
+    def __init__(self, *, patch_size: int = 1, alpha_leaky: float = 0.03, bn_eps: float = 1e-5,
+                 bn_momentum: float = 0.1, legacy: bool = False):
         super().__init__()
         options = {"alpha_leaky": alpha_leaky, "bn_eps": bn_eps, "bn_momentum": bn_momentum}
-        self.config = {"patch_size": patch_size, "earlier": earlier, **options}
+        self.config = {"patch_size": patch_size, "legacy": legacy, **options}
         self.patch_size = patch_size
 
         def conv2(in_channels, mid_channels, out_channels, plain=False):
@@ -73,11 +83,26 @@ class PneumoniaUNET(nn.Module):
         self.up_3_t = UpBlock(256, 64, **options)
         self.up_2 = conv2(128 + 64, 128, 128)
         self.up_2_t = UpBlock(128, 32, **options)
-        self.up_1 = conv2(64 + 32, 64, 1, plain=not earlier)
+        self.up_1 = conv2(64 + 32, 64, 1, plain=not legacy)
         self._initialize(alpha_leaky)
 
+    @classmethod
+    def for_images(cls, rescale_factor: int, **options: float) -> "PneumoniaUNET":
+        """The network for images of IMAGE_SIDE / rescale_factor pixels a side."""
+        patch_size = max(1, IMAGE_SIDE // rescale_factor // PATCHES_PER_SIDE)
+        return cls(patch_size=patch_size, **options)
+
+    def check_side(self, rescale_factor: int) -> None:
+        """Raises InputError if images would have fewer patches a side than the network halves."""
+        side, smallest = IMAGE_SIDE // rescale_factor, FEWEST_PATCHES * self.patch_size
+        if side < smallest:
+            raise InputError(
+                f"--rescale-factor {rescale_factor} makes images of {side} pixels a side, the "
+                f"checkpoint's network takes {smallest} and more: give {IMAGE_SIDE // smallest} or "
+                "less")
+
     def _initialize(self, alpha_leaky):
-        """He initialization (arXiv:1502.01852); the last bias is a prior for rare pixels (arXiv:1708.02002, 4.1)."""
+        """He initialization (arXiv:1502.01852); the last bias is a prior (arXiv:1708.02002)."""
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.kaiming_normal_(module.weight, a=alpha_leaky)
@@ -85,8 +110,8 @@ class PneumoniaUNET(nn.Module):
         nn.init.normal_(self.up_1[1].conv.weight, std=0.01)
         nn.init.constant_(self.up_1[1].conv.bias, PRIOR_LOGIT)
 
-    def forward(self, images):
-        """images (B, 1, P * H, P * W) in 0..1 -> mask logits of the same shape, P the patch size."""
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """images (B, 1, P * H, P * W) in 0..1 -> mask logits of the same shape; P: patch size."""
         x = F.pixel_unshuffle(images, self.patch_size)    # (B, P * P, H, W)
         down_1 = self.down_1(x)                           # (B, 64, H, W)
         down_2 = self.down_2(F.max_pool2d(down_1, 2))     # (B, 128, H/2, W/2)
@@ -102,43 +127,97 @@ class PneumoniaUNET(nn.Module):
         return F.interpolate(logits, images.shape[-2:], mode="bilinear")
 
 
-def save_checkpoint(path, model, **state):
-    """Writes the model, what rebuilds it, and `state` (plain values and tensors) to `path`, whole or not at all."""
+class Runtime(NamedTuple):
+    """Where a network runs and in which precision: device and autocast dtype."""
+    device: torch.device
+    dtype: torch.dtype
+
+    def load(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, 1, S, S) in 0..255 -> float32 in 0..1 on the device, channels last."""
+        images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        return images.float().div_(255)
+
+    def segment(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """images float (B, 1, S, S) in 0..1 -> mask logits (B, 1, S, S), float32."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return model(images).float()
+
+    @torch.inference_mode()
+    def predict_masks(self, model: nn.Module, images: torch.Tensor) -> np.ndarray:
+        """images uint8 (B, 1, S, S) -> mask probabilities (B, S, S)."""
+        logits = self.segment(model, self.load(images))
+        return logits.sigmoid()[:, 0].cpu().numpy()
+
+
+def choose_runtime(device: str, precision: str) -> Runtime:
+    """Resolves `auto`: the first of CUDA, MPS and CPU that is there, in the fastest precision that
+    it computes natively. Raises InputError for a device that is not there and for fp16 on a CPU.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
+    if device == "auto":
+        device = next(name for name in available if available[name])
+    if not available[device]:
+        raise InputError(f"--device {device}: there is none here; use --device auto")
+    if device == "cpu" and precision == "fp16":
+        raise InputError("--precision fp16 needs a GPU; use bf16 or fp32 on the CPU")
+    if precision == "auto":
+        precision = _fastest_precision(device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return Runtime(torch.device(device), dtype)
+
+
+def _fastest_precision(device):
+    if device == "cuda":
+        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+    cpu_info = Path("/proc/cpuinfo")  # Linux: its flags name the bf16 units
+    has_bf16 = device == "cpu" and cpu_info.exists() and "avx512_bf16" in cpu_info.read_text()
+    return "bf16" if has_bf16 else "fp32"
+
+
+def save_checkpoint(path: Path, model: PneumoniaUNET, **state: Any) -> None:
+    """Writes the model, what rebuilds it, and `state` (plain values and tensors), whole or not at
+    all."""
+    content = io.BytesIO()
+    torch.save({"state_dict": model.state_dict(), "config": model.config, **state}, content)
     with atomic_write(path) as file:
-        try:
-            torch.save({"state_dict": model.state_dict(), "config": model.config, **state}, file)
-        except RuntimeError as error:  # where a write fails, torch complains of its own position in the file
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        file.write(content.getbuffer())
 
 
-def load_checkpoint(path, device="cpu"):
-    """Rebuilds a model from a checkpoint of ours or of the earlier implementation; nothing in the file is executed.
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[PneumoniaUNET, dict]:
+    """Rebuilds a model from a checkpoint of ours or of the earlier implementation, without
+    executing anything in the file.
 
-    Returns the model on `device` in evaluation mode, and the checkpoint's dictionary. Raises InputError with the reason
-    if the file is missing or broken, holds anything but plain values and tensors, or belongs to another network.
+    Returns the model on `device` in evaluation mode, and the checkpoint's dictionary. Raises
+    InputError with the reason if the file is broken, holds anything but plain values and tensors,
+    or belongs to another network.
     """
     checkpoint = _read_checkpoint(path, device)
     weights = checkpoint["state_dict"]
-    config = checkpoint.get("config") or {"earlier": "up_1.1.bn.weight" in weights}
+    config = dict(checkpoint.get("config") or {"legacy": "up_1.1.bn.weight" in weights})
+    if "earlier" in config:  # the name of `legacy` in our first files
+        config["legacy"] = config.pop("earlier")
     try:
         model = PneumoniaUNET(**config)
         model.load_state_dict(weights)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{path} does not hold the weights of this network: {reason:.300}") from None
+        raise InputError(
+            f"{path} does not hold the weights of this network: {reason:.300}") from None
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 
 def _read_checkpoint(path, device):
-    # best_threshold of an earlier checkpoint is a NumPy scalar; NumPy 1 wrote it under its old module name
-    scalar = np._core.multiarray.scalar
+    # best_threshold of the earlier implementation is a NumPy scalar, under NumPy 1's module name
+    scalar = np.float64(0).__reduce__()[0]
     safe = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, np.dtypes.Float64DType]
     try:
         with torch.serialization.safe_globals(safe):
             checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # a broken or hostile file raises many types; each means that it cannot be loaded
+    except Exception as error:  # a broken or hostile file raises many types
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path} is no checkpoint that can be loaded safely: {reason:.200}") from None
+        raise InputError(
+            f"{path} is not a checkpoint that can be loaded safely: {reason:.200}") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise InputError(f"{path} is no checkpoint of this project: it has no state_dict")
+        raise InputError(f"{path} is not a checkpoint of this project: it has no state_dict")
     return checkpoint

@@ -1,60 +1,67 @@
-"""Trains the U-Net on the table that data_processing.py wrote, and scores it on the validation images.
+"""Trains the U-Net on the table of data_processing.py and scores it on held-out radiographs.
 
-    python train.py --debug --optimizer adamax                        # a few minutes: does everything work?
+    python train.py --debug --optimizer adamax                        # does everything work?
     python train.py --optimizer adamw --epochs 10 --train-threshold   # a real run
-    python train.py --checkpoint output/last.pth.tar                  # continues an interrupted run with its flags
+    python train.py --checkpoint output/last.pth.tar                  # continues a stopped run
+    python train.py --folds 3 --fold 0                                # cross-validation
+
+Reads DICOM files and train.csv. Writes checkpoints, annotated images, TensorBoard logs, split.csv
+and metrics.json below --save.
 """
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import platform
-import random
 import shutil
 import time
+from argparse import BooleanOptionalAction as Switch
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Subset, WeightedRandomSampler
 from torch.utils.tensorboard import SummaryWriter
 
-from data_processing import read_labels, warn
-from dataset import Augmentation, PneumoniaDataset, split_fold, split_patients
-from dicom import IMAGE_SIDE, INTERNAL_ERROR, find_dicom_files
-from job import (InputError, atomic_write, default_path, keep_freed_memory, make_folder, require, require_folder,
-                 result_folders, run)
-from metrics import (BOX_THRESHOLDS, GATE_THRESHOLDS, Evaluation, Thresholds, average_precision_image, score_lines,
-                     search_thresholds, summarize)
-from model import GRID, PneumoniaUNET, load_checkpoint, save_checkpoint
-from predict import (BOX_THRESHOLD, GATE_THRESHOLD, RESCALE_FACTORS, SIZE_WEIGHT, Runtime, add_runtime_options, batched,
-                     check_side, choose_runtime, draw_overlay, find_boxes, image_confidence, number, picture_path,
-                     predict_masks, progress, save_overlays, segment, to_network, to_probabilities, write_csv,
-                     write_text)
+import cli
+from dataset import Augmentation, PneumoniaDataset, load_data
+from drawing import draw_overlay, save_overlays
+from metrics import Evaluation, Thresholds, choose_thresholds, score_lines, score_mask, summarize
+from model import PneumoniaUNET, Runtime, choose_runtime, load_checkpoint, save_checkpoint
+from predict import overlays
 
-OPTIMIZERS = {  # class, and what our defaults change of its own
+OPTIMIZERS = {  # class, default overrides
     "adam": (torch.optim.Adam, {"lr": 5e-4}),
     "adamw": (torch.optim.AdamW, {"lr": 5e-4, "weight_decay": 0.01}),
     "adamax": (torch.optim.Adamax, {"lr": 1e-3}),
     "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
     "adagrad": (torch.optim.Adagrad, {"lr": 0.05, "initial_accumulator_value": 0.1}),
 }
-VALIDATION_SHARE = 0.1
 POSITIVE_WEIGHT = 2  # how much more often an image with opacities is drawn in training
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 DEBUG_EPOCHS, DEBUG_STEPS, DEBUG_VALIDATION_STEPS, DEBUG_IMAGES = 2, 50, 10, 100
 SHOWN = 4  # validation images drawn for TensorBoard after every epoch
 CHECK_STEPS = 20  # between looks at the loss, each of which waits for the GPU
-PLACES = ("data", "labels", "save", "checkpoint", "device", "workers")  # flags a continued run does not inherit
-CHANGEABLE = ("epochs", "train_threshold", "save_images", "box_threshold", "gate_threshold", "precision")
-CONTINUED = ("optimizer", "scheduler", "scaler")  # parts of Training that last.pth.tar adds to the model
+# flags that a continued run does not inherit, and those that it may change
+PATH_FLAGS = ("data", "labels", "save", "checkpoint", "device", "workers")
+CHANGEABLE = ("epochs", "train_threshold", "save_images", "box_threshold", "gate_threshold",
+              "precision")
+STATEFUL = ("optimizer", "scheduler", "scaler")  # what last.pth.tar adds to the model
+METRIC_NAMES = {  # in metrics.json and final.pth.tar, of what metrics.summarize returns
+    "rsna": "rsna_mean_average_precision", "rsna_standard_error": "rsna_standard_error",
+    "total": "total_average_precision", "auc": "image_roc_auc", "auc_AP": "image_roc_auc_AP",
+    "auc_PA": "image_roc_auc_PA", "loss": "validation_loss"}
 
 
 class Training(NamedTuple):
-    """All that a training step changes or needs."""
+    """State of a training run."""
     model: PneumoniaUNET
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
@@ -63,238 +70,104 @@ class Training(NamedTuple):
     runtime: Runtime
 
 
-def load_data(args):
-    """Reads the labels and prepares their images: the data set and {part: indices}, the parts being training,
-    validation and, with --folds, test."""
-    boxes, views = read_labels(args.labels)
-    files, skipped = find_dicom_files(args.data, result_folders(args.save, Path(args.data)))
-    warn("files are left out", [f"{path} {reason}" for path, reason in skipped])
-    warn("ids of the table have no image and are left out", sorted(boxes.keys() - files.keys()))
-    labels = {patient_id: len(boxes[patient_id]) > 0 for patient_id in boxes if patient_id in files}
-    positives = sum(labels.values())
-    if min(positives, len(labels) - positives) < 10:
-        raise InputError(f"{args.labels} and {args.data} share {positives} images with opacities and "
-                         f"{len(labels) - positives} without; training needs 10 of each: check --labels and --data")
-    parts = split(labels, args)
-    dataset = prepare({key: files[key] for ids in parts.values() for key in ids}, boxes, views, args)
-    index_of = {patient_id: index for index, patient_id in enumerate(dataset.patient_ids)}
-    return dataset, {name: [index_of[key] for key in ids if key in index_of] for name, ids in parts.items()}
+class Setup(NamedTuple):
+    """What main builds before the first step."""
+    training: Training
+    loader: DataLoader
+    order: torch.Generator  # of the loader
+    dataset: PneumoniaDataset
+    validation: list[int]  # indices of the images scored after every epoch
+    thresholds: Thresholds  # of the flags
+    save: Path
+    arguments: dict[str, Any]  # as every checkpoint stores them
 
 
-def split(labels, args):
-    """Patient ids of each part, from labels {patient_id: has_opacity}."""
-    outside, fold = split_fold(labels, folds=args.folds, fold=args.fold) if args.folds else (labels, [])
-    training, validation = split_patients({patient_id: labels[patient_id] for patient_id in outside},
-                                          validation_share=VALIDATION_SHARE, seed=args.seed)
-    parts = {"training": training, "validation": validation, **({"test": fold} if args.folds else {})}
-    if args.debug:
-        images = DEBUG_STEPS * args.batch_size
-        validation_images = max(DEBUG_VALIDATION_STEPS * args.batch_size, DEBUG_IMAGES)
-        limits = {"training": images, "validation": validation_images, "test": validation_images}
-        for name, ids in parts.items():
-            parts[name] = sorted(random.Random(args.seed).sample(ids, min(limits[name], len(ids))))
-    return parts
+# Arguments
 
 
-def prepare(files, boxes, views, args):
-    """PneumoniaDataset of `files` with the table's boxes."""
-    dataset = PneumoniaDataset(
-        files, boxes, views=views, rescale_factor=args.rescale_factor, workers=args.workers,
-        progress=partial(progress, total=len(files), description="prepare"))
-    warn("images are read with a remark", [f"{path} {note}" for path, note in dataset.notes])
-    warn("images cannot be read and are left out", [f"{path}: {problem}" for path, problem in dataset.skipped])
-    return dataset
-
-
-def build_loaders(dataset, parts, args):
-    """Loaders for training, for validation after an epoch, and of {part: indices} for the final scores, and the
-    generator of the first."""
-    training, validation = parts["training"], parts["validation"]
-    generator = torch.Generator()
-    weights = [POSITIVE_WEIGHT if len(dataset.boxes[index]) else 1 for index in training]
-    samples = min(len(training), DEBUG_STEPS * args.batch_size) if args.debug else len(training)
-    sampler = WeightedRandomSampler(weights, samples, generator=generator)
-    epoch_ids = validation[:DEBUG_VALIDATION_STEPS * args.batch_size] if args.debug else validation
-    final_ids = [ids[:DEBUG_IMAGES] if args.debug else ids for name, ids in parts.items() if name != "training"]
-    on_gpu = torch.cuda.is_available() and args.device != "cpu"
-    options = {"batch_size": args.batch_size, "collate_fn": tuple, "pin_memory": on_gpu}
-    train_loader = DataLoader(Subset(dataset, training), sampler=sampler, generator=generator,
-                              drop_last=samples >= args.batch_size, **options)
-    val_loader, *final_loaders = (DataLoader(Subset(dataset, ids), **options) for ids in (epoch_ids, *final_ids))
-    return train_loader, val_loader, final_loaders, generator
-
-
-def build_model(args):
-    """The network for the images of --rescale-factor, seen in at most GRID x GRID squares."""
-    return PneumoniaUNET(patch_size=max(1, IMAGE_SIDE // args.rescale_factor // GRID), alpha_leaky=args.alpha_leaky,
-                         bn_eps=args.bn_eps, bn_momentum=args.bn_momentum)
-
-
-def build_optimizer(model, args, total_steps):
-    """The optimizer, and its schedule: linear warm-up, then a cosine down to the share --learning-rate-decay."""
-    kind, options = OPTIMIZERS[args.optimizer]
-    given = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "eps": args.eps, "momentum": args.momentum}
-    optimizer = kind(model.parameters(), **options | {key: value for key, value in given.items() if value is not None})
-
-    def share(step):
-        warmup = math.ceil(WARMUP * total_steps)
-        if step < warmup:
-            return (step + 1) / warmup
-        cosine = (1 + math.cos(math.pi * min((step - warmup) / max(total_steps - warmup, 1), 1))) / 2
-        return args.learning_rate_decay + (1 - args.learning_rate_decay) * cosine
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-
-
-def build_training(model, args, total_steps, runtime):
-    """Puts the model on the device with all that its training needs."""
-    if runtime.device.type == "cpu":
-        keep_freed_memory()
-    model = model.to(runtime.device, memory_format=torch.channels_last)
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
-    augmentation = Augmentation(torch.Generator())
-    return Training(model, *build_optimizer(model, args, total_steps), scaler, augmentation, runtime)
-
-
-def combined_loss(logits, masks):
-    """Binary cross-entropy + 0.5 Dice over the batch's pixels; logits and masks (B, 1, S, S)."""
-    probabilities = logits.sigmoid()
-    overlap = 2 * (probabilities * masks).sum() + 1
-    dice = 1 - overlap / (probabilities.sum() + masks.sum() + 1)
-    return F.binary_cross_entropy_with_logits(logits, masks) + 0.5 * dice
-
-
-def train_one_epoch(training, loader, log):
-    """One pass over the loader; calls log(losses, learning_rate) every CHECK_STEPS steps. Returns the mean loss."""
-    model, optimizer, scheduler, scaler, augmentation, runtime = training
-    model.train()
-    pending, total = [], 0.0
-    for step, (images, masks) in enumerate(progress(loader, total=len(loader), description="train"), 1):
-        masks = masks.to(runtime.device, non_blocking=True).float()
-        images, masks = augmentation(to_network(images, runtime.device), masks)
-        loss = combined_loss(segment(model, images, runtime), masks)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        scheduler.step()
-        pending.append(loss.detach())
-        if step % CHECK_STEPS == 0 or step == len(loader):
-            losses = torch.stack(pending).tolist()
-            check_losses(losses, step, math.ceil(scheduler.last_epoch / len(loader)), scheduler)
-            log(losses, scheduler.get_last_lr()[0])
-            total, pending = total + sum(losses), []
-    return total / len(loader)
-
-
-def check_losses(losses, last_step, epoch, scheduler):
-    """Raises InputError for a loss that is not finite; `losses` are those of the epoch's steps up to `last_step`."""
-    for step, loss in enumerate(losses, last_step - len(losses) + 1):
-        if not math.isfinite(loss):
-            raise InputError(f"the loss is {loss} at step {step} of epoch {epoch}, learning rate "
-                             f"{scheduler.get_last_lr()[0]:.2g}: lower --learning-rate; the best files so far are kept")
-
-
-@torch.inference_mode()
-def evaluate(model, loader, runtime, box_thresholds):
-    """One pass over the loader's images, as an Evaluation at the box thresholds, boxes found as in predict.py.
-
-    Raises InputError if the loss is not finite.
-    """
-    model.eval()
-    dataset, indices = loader.dataset.dataset, iter(loader.dataset.indices)
-    losses, confidences, scores = [], [], []
-    for images, masks in progress(loader, total=len(loader), description="validate"):
-        logits = segment(model, to_network(images, runtime.device), runtime)
-        loss = combined_loss(logits, masks.to(runtime.device).float()).item()
-        if not math.isfinite(loss):
-            raise InputError(f"the validation loss is {loss} after this epoch: lower --learning-rate; the best files "
-                             "so far are kept")
-        losses += [loss] * len(images)
-        for mask in to_probabilities(logits):
-            index = next(indices)
-            found = (find_boxes(mask, dataset.original_sizes[index], box_threshold=threshold, gate_threshold=0)
-                     for threshold in box_thresholds)
-            scores.append([average_precision_image(*predicted, dataset.boxes[index]) for predicted in found])
-            confidences.append(image_confidence(mask))
-    positive = np.array([len(dataset.boxes[index]) > 0 for index in loader.dataset.indices])
-    views = np.array([dataset.views[index] for index in loader.dataset.indices])
-    return Evaluation(float(np.mean(losses)), np.array(confidences), positive, views, np.array(scores))
-
-
-def overlays(model, dataset, indices, runtime, thresholds, batch_size=16):
-    """Yields for images of the data set the index and what draw_overlay takes, truth included."""
-    model.eval()
-    for batch in batched(indices, batch_size):
-        masks = predict_masks(model, torch.from_numpy(dataset.images[batch])[:, None], runtime)
-        for index, mask in zip(batch, masks):
-            size = dataset.original_sizes[index]
-            found = find_boxes(mask, size, box_threshold=thresholds.box, gate_threshold=thresholds.gate)
-            picture = dataset.images[index].copy(), mask, (*found, size), dataset.boxes[index], str(thresholds)
-            yield index, picture
-
-
-def make_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--data", "-d", default=default_path("TRAINML_DATA_PATH", "stage_2_train_images"), help="folder of DICOM files")
-    add("--labels", "-l", default=default_path("TRAINML_MODEL_PATH", "train.csv"), help="table of data_processing.py")
-    add("--save", default=default_path("TRAINML_OUTPUT_PATH"), help="folder for checkpoints, images, logs and metrics")
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument_group("files").add_argument
+    add("--data", "-d", default=cli.default_path("TRAINML_DATA_PATH", "stage_2_train_images"),
+        help="folder of DICOM files (default: %(default)s)")
+    add("--labels", "-l", default=cli.default_path("TRAINML_MODEL_PATH", "train.csv"),
+        help="table of data_processing.py (default: %(default)s)")
+    add("--save", default=cli.default_path("TRAINML_OUTPUT_PATH"),
+        help="folder for checkpoints, images, logs and metrics (default: %(default)s)")
     add("--checkpoint", help="last.pth.tar of a run to continue, or weights to start from")
-    add("--epochs", "-e", type=number(1, math.inf, int), default=2, help="passes over the training images")
-    add("--debug", default=False, action=switch, help="a short run: 2 epochs of 50 steps, 100 images scored, no search")
-    add("--seed", "-s", type=int, default=42, help="of the split, the order, the augmentation and the weights")
-    add("--train-threshold", default=False, action=switch, help="search the two thresholds on the validation images")
-    add("--save-images", default=True, action=switch, help="write annotated validation images")
-    add("--folds", type=number(2, math.inf, int), help="cross-validation: leave out one of so many folds and score on it")
-    add("--fold", type=number(0, math.inf, int), help="the fold that --folds leaves out, from 0")
-    add("--optimizer", "-o", default="adam", choices=list(OPTIMIZERS), help="optimizer")
-    add("--learning-rate", "--lr", type=number(1e-30, math.inf), help=f"its peak ({_defaults('lr')})")
-    add("--learning-rate-decay", "--lrd", type=number(0, 1), default=0.01, help="share of the peak left at the end")
-    add("--momentum", "-m", type=number(0, 1), help=f"of sgd ({_defaults('momentum')})")
-    add("--eps", type=number(1e-30, math.inf), help="term in the optimizer's denominator (PyTorch's); not for sgd")
-    add("--weight-decay", "--wd", type=number(0, math.inf), help=f"({_defaults('weight_decay')}, else 0)")
-    add("--bn-momentum", type=number(0, 1), default=0.1, help="share of a batch in BatchNorm's running statistics")
-    add("--bn-eps", type=number(1e-30, math.inf), default=1e-5, help="term in BatchNorm's denominator")
-    add("--alpha-leaky", "--al", type=number(0, math.inf), default=0.03, help="slope of LeakyReLU below 0")
-    add("--rescale-factor", "--rf", type=int, choices=RESCALE_FACTORS, default=4, help="1024 / side of network's image")
-    add("--box-threshold", "--bt", type=number(0, 1), default=BOX_THRESHOLD, help="mask probability that makes a box")
-    add("--gate-threshold", "--gt", type=number(0, 1), default=GATE_THRESHOLD,
-        help="image confidence below which an image has no boxes")
-    add_runtime_options(parser, batch_size=8)
+    add("--save-images", default=True, action=Switch,
+        help="write annotated images of those that are scored (default: on)")
+    add_run_options(parser.add_argument_group("the run").add_argument)
+    add_recipe_options(parser.add_argument_group("optimizer and network").add_argument)
+    cli.add_runtime_options(parser, batch_size=8, rescale_factor=4)
     return parser
 
 
+def add_run_options(add: Callable) -> None:
+    """The flags on how long a run is and what it is scored on."""
+    add("--epochs", "-e", type=cli.bounded(1, math.inf, int), default=2,
+        help="passes over the training images (default: %(default)s)")
+    add("--debug", default=False, action=Switch,
+        help="a short run: 2 epochs of 50 steps, 100 images scored, no search (default: off)")
+    add("--seed", "-s", type=int, default=42, help="random seed (default: %(default)s)")
+    add("--folds", type=cli.bounded(2, math.inf, int),
+        help="cross-validation: number of folds, one of which is left out and scored")
+    add("--fold", type=cli.bounded(0, math.inf, int), help="the fold that is left out, from 0")
+    add("--train-threshold", default=False, action=Switch,
+        help="search the two thresholds on the validation images (default: off)")
+    add("--box-threshold", "--bt", type=cli.bounded(0, 1), default=Thresholds().box,
+        help="mask probability above which a pixel belongs to a box, 0 to 1 (default: %(default)s)")
+    add("--gate-threshold", "--gt", type=cli.bounded(0, 1), default=Thresholds().gate,
+        help="highest probability below which an image has no boxes, 0 to 1 (default: %(default)s)")
+
+
+def add_recipe_options(add: Callable) -> None:
+    """The flags of optimizer and network."""
+    above_0 = cli.bounded(1e-30, math.inf)
+    add("--optimizer", "-o", default="adam", choices=list(OPTIMIZERS),
+        help="(default: %(default)s)")
+    add("--learning-rate", "--lr", type=above_0,
+        help=f"its peak, above 0 (default: {_defaults('lr')})")
+    add("--learning-rate-decay", "--lrd", type=cli.bounded(0, 1), default=0.01,
+        help="share of the peak left at the end, 0 to 1 (default: %(default)s)")
+    add("--momentum", "-m", type=cli.bounded(0, 1),
+        help=f"SGD momentum, 0 to 1 (default: {_defaults('momentum')})")
+    add("--eps", type=above_0,
+        help="term in the optimizer's denominator, not for sgd (default: PyTorch's)")
+    add("--weight-decay", "--wd", type=cli.bounded(0, math.inf),
+        help=f"0 or more (default: {_defaults('weight_decay')}, else 0)")
+    add("--bn-momentum", type=cli.bounded(0, 1), default=0.1,
+        help="share of a batch in BatchNorm's running statistics, 0 to 1 (default: %(default)s)")
+    add("--bn-eps", type=above_0, default=1e-5,
+        help="term in BatchNorm's denominator, above 0 (default: %(default)s)")
+    add("--alpha-leaky", "--al", type=cli.bounded(0, math.inf), default=0.03,
+        help="slope of LeakyReLU below 0, 0 or more (default: %(default)s)")
+
+
 def _defaults(key):
-    return ", ".join(f"{name} {options[key]}" for name, (_, options) in OPTIMIZERS.items() if key in options)
+    values = {name: options.get(key) for name, (_, options) in OPTIMIZERS.items()}
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
 
 
-def parse_args(argv=None):
-    """Returns arguments, and the model and the rest of the --checkpoint file if there is one.
+def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Any, dict]:
+    """Returns the arguments, and the model and the rest of the --checkpoint file or (None, {}).
 
-    To continue a run, its own flags take the place of the defaults. Raises InputError for a flag that could not act.
+    To continue a run, its own flags take the place of the defaults. Raises InputError for a flag
+    that could not act.
     """
     parser, model, state = make_parser(), None, {}
     args = parser.parse_args(argv)
     if args.checkpoint:
-        model, state = load_checkpoint(require(args.checkpoint, flag="--checkpoint"))
+        model, state = load_checkpoint(cli.require(args.checkpoint, "file", flag="--checkpoint"))
     if "optimizer" in state:
-        stored = {key: value for key, value in state["args"].items() if key not in PLACES}
+        stored = {key: value for key, value in state["args"].items() if key not in PATH_FLAGS}
         parser.set_defaults(**stored)
         args = parser.parse_args(argv)
         for key in stored.keys() - CHANGEABLE:
-            _refuse_if(getattr(args, key) != stored[key], f"--{key.replace('_', '-')} {getattr(args, key)}: the run to "
-                       f"continue has {stored[key]}; leave the flag out")
-    elif model is not None:
-        for key, value in model.config.items():
-            _refuse_if(getattr(args, key, value) != value, f"the checkpoint's network has {key} {value}: give "
-                       f"--{key.replace('_', '-')} {value}")
-        check_side(model, args.rescale_factor)
-    _refuse_if(args.momentum is not None and args.optimizer != "sgd", "--momentum acts on --optimizer sgd alone")
-    _refuse_if(args.eps is not None and args.optimizer == "sgd", "--eps has no part in --optimizer sgd")
-    _refuse_if((args.folds is None) != (args.fold is None), "--folds and --fold go together: give both or neither")
-    _refuse_if(args.folds is not None and args.fold >= args.folds, f"--fold {args.fold}: with --folds {args.folds} the "
-               f"last fold is {(args.folds or 0) - 1}")
+            flag = f"--{key.replace('_', '-')} {getattr(args, key)}"
+            _refuse_if(getattr(args, key) != stored[key],
+                       f"{flag}: the run to continue has {stored[key]}; leave the flag out")
+    check_args(args)
     if args.learning_rate is None:
         args.learning_rate = OPTIMIZERS[args.optimizer][1]["lr"]
     if args.debug:
@@ -302,206 +175,410 @@ def parse_args(argv=None):
     return args, model, state
 
 
+def check_args(args: argparse.Namespace) -> None:
+    """Raises InputError for flags that could not act together."""
+    _refuse_if(args.momentum is not None and args.optimizer != "sgd",
+               "--momentum acts on --optimizer sgd alone")
+    _refuse_if(args.eps is not None and args.optimizer == "sgd",
+               "--eps has no part in --optimizer sgd")
+    _refuse_if((args.folds is None) != (args.fold is None),
+               "--folds and --fold go together: give both or neither")
+    if args.folds is not None:
+        _refuse_if(args.fold >= args.folds, f"--fold {args.fold}: with --folds {args.folds} the "
+                   f"last fold is {args.folds - 1}")
+
+
 def _refuse_if(wrong, message):
     if wrong:
-        raise InputError(message)
+        raise cli.InputError(message)
 
 
-def check_disk(folder, model):
-    """Raises InputError if a run's checkpoints will not fit: 9 times the weights with Adam and one being written."""
+# What a run is built from
+
+
+def build_data(args: argparse.Namespace) -> tuple[PneumoniaDataset, dict[str, list[int]]]:
+    """The data set and the indices of its parts; --debug cuts them."""
+    limits = {"training": DEBUG_STEPS * args.batch_size, "validation": DEBUG_IMAGES,
+              "test": DEBUG_IMAGES}
+    return load_data(
+        Path(args.data), Path(args.labels), output=Path(args.save), seed=args.seed,
+        rescale_factor=args.rescale_factor, workers=args.workers, folds=args.folds,
+        fold=args.fold, limits=limits if args.debug else {})
+
+
+def build_loader(dataset: PneumoniaDataset, training: Sequence[int], args: argparse.Namespace,
+                 runtime: Runtime) -> tuple[DataLoader, torch.Generator]:
+    """The loader of training batches, and the generator of its order.
+
+    The sampler deals out whole batches of indices and the data set makes a batch of each, so the
+    loader itself does not batch: batch_size=None.
+    """
+    generator = torch.Generator()
+    weights = [POSITIVE_WEIGHT if len(dataset.boxes[index]) else 1 for index in training]
+    images = len(training)
+    if args.debug:
+        images = min(images, DEBUG_STEPS * args.batch_size)
+    order = WeightedRandomSampler(weights, images, generator=generator)
+    batches = BatchSampler(order, args.batch_size, drop_last=images >= args.batch_size)
+    loader = DataLoader(Subset(dataset, training), batch_size=None, sampler=batches,
+                        generator=generator, pin_memory=runtime.device.type == "cuda")
+    return loader, generator
+
+
+def build_model(args: argparse.Namespace, model: PneumoniaUNET | None = None) -> PneumoniaUNET:
+    """A new network, or the checkpoint's if the flags fit it; raises InputError if not."""
+    if model is None:
+        return PneumoniaUNET.for_images(
+            args.rescale_factor, alpha_leaky=args.alpha_leaky, bn_eps=args.bn_eps,
+            bn_momentum=args.bn_momentum)
+    for key, value in model.config.items():
+        _refuse_if(getattr(args, key, value) != value, f"the checkpoint's network has {key} "
+                   f"{value}: give --{key.replace('_', '-')} {value}")
+    model.check_side(args.rescale_factor)
+    return model
+
+
+def build_optimizer(model: torch.nn.Module, args: argparse.Namespace,
+                    total_steps: int) -> tuple[torch.optim.Optimizer, Any]:
+    """The optimizer and its schedule: linear warm-up, then a cosine down to a share of the peak."""
+    optimizer_class, options = OPTIMIZERS[args.optimizer]
+    given = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "eps": args.eps,
+             "momentum": args.momentum}
+    options = options | {key: value for key, value in given.items() if value is not None}
+    optimizer = optimizer_class(model.parameters(), **options)
+    warmup = math.ceil(WARMUP * total_steps)
+
+    def lr_factor(step):
+        if step < warmup:
+            return (step + 1) / warmup
+        done = min((step - warmup) / max(total_steps - warmup, 1), 1)
+        cosine = (1 + math.cos(math.pi * done)) / 2
+        return args.learning_rate_decay + (1 - args.learning_rate_decay) * cosine
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
+
+
+def build_training(model: PneumoniaUNET, args: argparse.Namespace, total_steps: int,
+                   runtime: Runtime) -> Training:
+    """Puts the model on the device with all that its training needs."""
+    model = model.to(runtime.device, memory_format=torch.channels_last)
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+    optimizer, scheduler = build_optimizer(model, args, total_steps)
+    return Training(model, optimizer, scheduler, scaler, Augmentation(torch.Generator()), runtime)
+
+
+def build_thresholds(args: argparse.Namespace) -> Thresholds:
+    """The pair of --box-threshold and --gate-threshold."""
+    pair = args.box_threshold, args.gate_threshold
+    source = "defaults" if pair == Thresholds()[:2] else "given by flags"
+    return Thresholds(*pair, source)
+
+
+def check_disk(folder: Path, model: torch.nn.Module) -> None:
+    """Raises InputError if a run's checkpoints will not fit: 9 times the weights, with Adam and one
+    file being written."""
     needed = 9 * sum(value.nbytes for value in model.state_dict().values())
     free = shutil.disk_usage(folder).free
-    _refuse_if(free < needed, f"{folder} has {free / 1e6:.0f} MB left, a run needs {needed / 1e6:.0f}: free some, or "
-               "give another folder with --save")
+    _refuse_if(free < needed, f"{folder} has {free / 1e6:.0f} MB left, a run needs "
+               f"{needed / 1e6:.0f}: free some, or give another folder with --save")
 
 
-def fit(training, loaders, generators, history, args, writer):
-    """Trains the epochs that `history` lacks, adds their scores to it and keeps last, loss.best and prec.best."""
-    train_loader, val_loader = loaders
+# Training
 
+
+def combined_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy + 0.5 Dice over the batch's pixels; logits and masks (B, 1, S, S)."""
+    probabilities = logits.sigmoid()
+    overlap = 2 * (probabilities * masks).sum() + 1
+    dice = 1 - overlap / (probabilities.sum() + masks.sum() + 1)
+    return F.binary_cross_entropy_with_logits(logits, masks) + 0.5 * dice
+
+
+def train_one_epoch(training: Training, loader: Iterable,
+                    log: Callable[[list[float], float], None]) -> float:
+    """One pass over the loader; calls log(losses, learning_rate) every CHECK_STEPS steps. Returns
+    the mean loss."""
+    model, optimizer, scheduler, scaler, augmentation, runtime = training
+    model.train()
+    pending, total = [], 0.0
+    for step, (images, masks) in enumerate(
+            cli.progress(loader, total=len(loader), description="train"), 1):
+        # forward, on the device
+        masks = masks.to(runtime.device, non_blocking=True).float()
+        images, masks = augmentation(runtime.load(images), masks)
+        loss = combined_loss(runtime.segment(model, images), masks)
+        # backward, update
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step()
+        # log; tolist waits for the GPU
+        pending.append(loss.detach())
+        if step % CHECK_STEPS == 0 or step == len(loader):
+            losses = torch.stack(pending).tolist()
+            epoch = math.ceil(scheduler.last_epoch / len(loader))
+            check_losses(losses, step, epoch, scheduler.get_last_lr()[0])
+            log(losses, scheduler.get_last_lr()[0])
+            total, pending = total + sum(losses), []
+    return total / len(loader)
+
+
+def check_losses(losses: Sequence[float], last_step: int, epoch: int,
+                 learning_rate: float) -> None:
+    """Raises InputError for a loss that is not finite, of the steps up to `last_step`."""
+    for step, loss in enumerate(losses, last_step - len(losses) + 1):
+        _refuse_if(not math.isfinite(loss), f"the loss is {loss} at step {step} of epoch {epoch}, "
+                   f"learning rate {learning_rate:.2g}: lower --learning-rate; the best files so "
+                   "far are kept")
+
+
+@torch.inference_mode()
+def evaluate(model: torch.nn.Module, dataset: PneumoniaDataset, indices: Sequence[int],
+             runtime: Runtime, box_thresholds: Sequence[float], *,
+             batch_size: int = 8) -> Evaluation:
+    """One pass over images of the data set, scored at box thresholds as predict.py finds boxes.
+
+    Raises InputError if the loss is not finite.
+    """
+    model.eval()
+    batches = torch.as_tensor(indices).split(batch_size)
+    losses, confidences, scores = [], [], []
+    for batch in cli.progress(batches, total=len(batches), description="validate"):
+        images, masks = dataset[batch.tolist()]
+        logits = runtime.segment(model, runtime.load(images))
+        loss = combined_loss(logits, masks.to(runtime.device).float()).item()
+        _refuse_if(not math.isfinite(loss), f"the validation loss is {loss} after this epoch: "
+                   "lower --learning-rate; the best files so far are kept")
+        losses += [loss] * len(batch)
+        for index, mask in zip(batch.tolist(), logits.sigmoid()[:, 0].cpu().numpy()):
+            size, boxes = dataset.original_sizes[index], dataset.boxes[index]
+            confidences.append(float(mask.max()))
+            scores.append(score_mask(mask, size, boxes, box_thresholds))
+    positive = np.array([len(dataset.boxes[index]) > 0 for index in indices])
+    views = np.array([dataset.views[index] for index in indices])
+    return Evaluation(float(np.mean(losses)), np.array(confidences), positive, views,
+                      np.array(scores))
+
+
+# Files and logs
+
+
+def log_steps(writer: SummaryWriter, scheduler: Any) -> Callable[[list[float], float], None]:
+    """A `log` of train_one_epoch that writes to TensorBoard."""
     def log(losses, learning_rate):
-        step = training.scheduler.last_epoch
-        for place, loss in enumerate(losses, step - len(losses)):
-            writer.add_scalar("loss/train", loss, place)
-        writer.add_scalar("learning_rate", learning_rate, step)
-
-    for epoch in range(len(history), args.epochs):
-        for generator in generators:
-            generator.manual_seed(args.seed * 1_000_003 + epoch)
-        started = time.monotonic()
-        train_loss = train_one_epoch(training, train_loader, log)
-        speed = len(train_loader.sampler) / (time.monotonic() - started)
-        scores = validate(training, val_loader, args, writer, epoch)
-        writer.add_scalar("speed/images_per_second", speed, epoch)
-        history.append({"train_loss": train_loss, **scores})
-        save_epoch(training, history, args)
-        print(f"epoch {epoch + 1}/{args.epochs}: loss {train_loss:.4f}, validation loss {scores['loss']:.4f}, "
-              f"RSNA mAP {scores['rsna']:.4f}, total AP {scores['total']:.4f}, AUC {scores['auc']:.4f}, "
-              f"{speed:.1f} images/s", flush=True)
+        first = scheduler.last_epoch - len(losses)
+        for offset, loss in enumerate(losses):
+            writer.add_scalar("loss/train", loss, first + offset)
+        writer.add_scalar("learning_rate", learning_rate, scheduler.last_epoch)
+    return log
 
 
-def validate(training, loader, args, writer, epoch):
-    """Scores the validation images after an epoch, at the given thresholds, and shows the scores and a few pictures in
-    TensorBoard."""
-    model, runtime, dataset = training.model, training.runtime, loader.dataset.dataset
-    thresholds = given_thresholds(args)
-    evaluation = evaluate(model, loader, runtime, [thresholds.box])
-    figures = summarize(evaluation, thresholds.gate)
-    scores = {name: figures[name] for name in ("loss", "rsna", "total", "auc")}
-    for tag, name in (("loss/validation", "loss"), ("ap/rsna", "rsna"), ("ap/total", "total"), ("ap/auc", "auc")):
+def log_epoch(writer: SummaryWriter, evaluation: Evaluation, scores: dict[str, float],
+              epoch: int) -> None:
+    """Shows an epoch's scores in TensorBoard."""
+    tags = {"loss/validation": "loss", "ap/rsna": "rsna", "ap/total": "total", "ap/auc": "auc"}
+    for tag, name in tags.items():
         writer.add_scalar(tag, scores[name], epoch)
     writer.add_pr_curve("image has opacity", evaluation.positive, evaluation.confidences, epoch)
-    shown = [index for index in loader.dataset.indices if len(dataset.boxes[index])][:SHOWN]
-    for place, (_, overlay) in enumerate(overlays(model, dataset, shown, runtime, thresholds)):
-        writer.add_image(f"validation/{place}", np.asarray(draw_overlay(*overlay)), epoch, dataformats="HWC")
-    return scores
 
 
-def given_thresholds(args):
-    """The pair of --box-threshold and --gate-threshold."""
-    default = (args.box_threshold, args.gate_threshold) == (BOX_THRESHOLD, GATE_THRESHOLD)
-    return Thresholds(args.box_threshold, args.gate_threshold, "defaults" if default else "given by flags")
+def log_comparison(writer: SummaryWriter, arguments: dict, figures: dict) -> None:
+    """A row of TensorBoard's HParams table: the flags usually compared, and the scores."""
+    compared = ("batch_size", "epochs", "optimizer", "rescale_factor", "learning_rate")
+    scores = {f"final/{name}": figures[name] for name in ("rsna", "total", "auc")}
+    writer.add_hparams({key: str(arguments[key]) for key in compared}, scores, run_name=".")
 
 
-def choose_thresholds(model, loader, runtime, args, writer):
-    """The pair of thresholds that the run hands over: the given one, or with --train-threshold what a search on the
-    loader's images proves better."""
-    given = given_thresholds(args)
-    if not args.train_threshold:
-        return given
-    box_thresholds = np.union1d(BOX_THRESHOLDS, given.box).tolist()
-    gate_thresholds = np.union1d(GATE_THRESHOLDS, given.gate).tolist()
-    default = box_thresholds.index(given.box), gate_thresholds.index(given.gate)
-    evaluation = evaluate(model, loader, runtime, box_thresholds)
-    (row, column), table = search_thresholds(evaluation, gate_thresholds, default)
-    for threshold, rsna in zip(box_thresholds, table[:, column]):
-        writer.add_scalar("ap/rsna at threshold in percent", rsna, round(100 * threshold))
-    images = len(evaluation.scores)
-    if (row, column) == default:
-        return given._replace(source=f"{given.source}; a search on {images} images proved nothing better")
-    return Thresholds(box_thresholds[row], gate_thresholds[column], f"searched on {images} images")
-
-
-def checkpoint_state(history, args):
-    """What every checkpoint holds beside the weights: all that predict.py needs, and how they came about."""
-    thresholds = given_thresholds(args)
-    return {"rescale_factor": args.rescale_factor, "best_threshold": thresholds.box, "gate_threshold": thresholds.gate,
-            "threshold_source": thresholds.source, "size_weight": SIZE_WEIGHT, "args": plain_args(args),
-            "history": history}
-
-
-def save_epoch(training, history, args):
-    """Writes last.pth.tar, from which a run continues exactly, and the best files where this epoch is the best yet."""
+def save_epoch(training: Training, save: Path, common: dict[str, Any]) -> None:
+    """Writes last.pth.tar, from which a run continues exactly, and the best files where the last
+    epoch of the history is the best yet."""
+    history = common["history"]
     best = {"loss.best": min(history, key=lambda scores: scores["loss"]),
             "prec.best": max(reversed(history), key=lambda scores: scores["rsna"])}
-    common = checkpoint_state(history, args)
     for name, scores in best.items():
-        path = args.save / f"{name}.pth.tar"
+        path = save / f"{name}.pth.tar"
         if scores is history[-1] or not path.exists():
             save_checkpoint(path, training.model, **common)
-    states = {name: getattr(training, name).state_dict() for name in CONTINUED}
-    save_checkpoint(args.save / "last.pth.tar", training.model, **states, **common)
+    states = {name: getattr(training, name).state_dict() for name in STATEFUL}
+    save_checkpoint(save / "last.pth.tar", training.model, **states, **common)
 
 
-def copy_best(source, save):
-    """Takes the best files along where a continued run writes to another folder."""
+def resume(training: Training, state: dict, source: Path, save: Path) -> None:
+    """Takes up the states of a run to continue, and its best files if it saves elsewhere now."""
+    for name in STATEFUL:
+        getattr(training, name).load_state_dict(state[name])
     for name in ("loss.best.pth.tar", "prec.best.pth.tar"):
-        if not (save / name).exists() and (source / name).exists():
-            with atomic_write(save / name) as file:
-                file.write((source / name).read_bytes())
+        if (source / name).exists() and not (save / name).exists():
+            shutil.copyfile(source / name, save / f".{name}.part")
+            os.replace(save / f".{name}.part", save / name)
 
 
-def plain_args(args):
+def checkpoint_state(setup: Setup, thresholds: Thresholds, history: list[dict]) -> dict[str, Any]:
+    """What every checkpoint holds beside the weights: all that predict.py needs, and how they came
+    about."""
+    return {"rescale_factor": setup.arguments["rescale_factor"], "args": setup.arguments,
+            "history": history, **threshold_state(thresholds)}
+
+
+def threshold_state(thresholds: Thresholds) -> dict[str, Any]:
+    """Thresholds under their names in checkpoints and metrics.json."""
+    return {"best_threshold": thresholds.box, "gate_threshold": thresholds.gate,
+            "threshold_source": thresholds.source, "size_weight": thresholds.size_weight}
+
+
+def rename(figures: dict[str, float]) -> dict[str, float | None]:
+    """Figures under their names in metrics.json, where JSON has no NaN."""
+    return {METRIC_NAMES[name]: value if math.isfinite(value) else None
+            for name, value in figures.items()}
+
+
+def part_sizes(dataset: PneumoniaDataset, parts: dict[str, list[int]]) -> dict[str, int]:
+    """Numbers of images under their names in metrics.json."""
+    sizes = {f"{name}_images": len(part) for name, part in parts.items()}
+    return {**sizes, "skipped_images": len(dataset.skipped)}
+
+
+def split_table(dataset: PneumoniaDataset, parts: dict[str, list[int]]) -> str:
+    """CSV text of the part that each image belongs to."""
+    rows = [(dataset.patient_ids[index], name) for name, part in parts.items() for index in part]
+    return pd.DataFrame(rows, columns=["patientId", "split"]).to_csv(index=False)
+
+
+@contextlib.contextmanager
+def hint_to_continue(save: Path, history: list) -> Iterator[None]:
+    """Tells a run that is stopped how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        last = save / "last.pth.tar"
+        if history and last.exists():
+            print(f"continue with: python train.py --checkpoint {last} --save {save}")
+        raise
+
+
+def plain_args(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments as plain values, for JSON and for checkpoints that load without executing code."""
     plain = (int, float, type(None))
-    return {key: value if isinstance(value, plain) else str(value) for key, value in vars(args).items()}
+    return {key: value if isinstance(value, plain) else str(value)
+            for key, value in vars(args).items()}
 
 
-def finish(training, loaders, history, args, writer):
-    """Scores the last epoch's weights as predict.py will use them and writes final.pth.tar; returns the final figures.
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__}
 
-    The learning rate ends near 0, so the last weights are the ones that the run was made for; the best epoch of a small
-    validation set is mostly luck (docs/experiments.md). `loaders` are those of the validation images and, with --folds,
-    of the fold, which is then what is scored.
+
+# The story of a cli.run
+
+
+def fit(setup: Setup, history: list[dict], writer: SummaryWriter) -> None:
+    """Trains the epochs that the history lacks, adds their scores to it, and keeps the files
+    last, loss.best and prec.best."""
+    training, thresholds, epochs = setup.training, setup.thresholds, setup.arguments["epochs"]
+    shown = [index for index in setup.validation if len(setup.dataset.boxes[index])][:SHOWN]
+    log = log_steps(writer, training.scheduler)
+    for epoch in range(len(history), epochs):
+        # draws depend on seed and epoch alone, so that a continued run repeats them
+        for generator in (setup.order, training.augmentation.generator):
+            generator.manual_seed(setup.arguments["seed"] * 1_000_003 + epoch)
+        started = time.monotonic()
+        train_loss = train_one_epoch(training, setup.loader, log)
+        images = len(setup.loader) * setup.arguments["batch_size"]
+        speed = images / (time.monotonic() - started)
+
+        evaluation = evaluate(training.model, setup.dataset, setup.validation, training.runtime,
+                              [thresholds.box], batch_size=setup.arguments["batch_size"])
+        figures = summarize(evaluation, thresholds.gate)
+        scores = {name: figures[name] for name in ("loss", "rsna", "total", "auc")}
+        history.append({"train_loss": train_loss, **scores})
+        save_epoch(training, setup.save, checkpoint_state(setup, thresholds, history))
+
+        log_epoch(writer, evaluation, scores, epoch)
+        writer.add_scalar("speed/images_per_second", speed, epoch)
+        pictures = overlays(training.model, setup.dataset, shown, training.runtime, thresholds)
+        for place, (_, overlay) in enumerate(pictures):
+            picture = np.asarray(draw_overlay(overlay))
+            writer.add_image(f"validation/{place}", picture, epoch, dataformats="HWC")
+        print(f"epoch {epoch + 1}/{epochs}: loss {train_loss:.4f}, validation loss "
+              f"{scores['loss']:.4f}, RSNA mAP {scores['rsna']:.4f}, total AP "
+              f"{scores['total']:.4f}, AUC {scores['auc']:.4f}, {speed:.1f} images/s", flush=True)
+
+
+def hand_over(setup: Setup, history: list[dict],
+              scored: Sequence[int]) -> tuple[Thresholds, dict[str, float]]:
+    """Writes final.pth.tar: the last epoch's weights with the thresholds to use them at, searched
+    on the validation images if that was asked for. Returns those and the scores of the images
+    `scored`, and draws these.
+
+    The learning rate ends near 0, so the last weights are the ones that the run was made for; the
+    best epoch of a small validation set is mostly luck (docs/experiments.md).
     """
-    model, runtime = training.model, training.runtime
-    thresholds = choose_thresholds(model, loaders[0], runtime, args, writer)
-    scored = loaders[-1]
-    scores = summarize(evaluate(model, scored, runtime, [thresholds.box]), thresholds.gate)
-    if args.save_images:
-        folder = make_folder(args.save / "images", flag="--save", variable="TRAINML_OUTPUT_PATH")
-        dataset, indices = scored.dataset.dataset, scored.dataset.indices
-        pictures = overlays(model, dataset, indices, runtime, thresholds)
-        pictures = progress(pictures, total=len(indices), description="draw")
-        save_overlays((picture_path(folder, dataset.patient_ids[index]), overlay) for index, overlay in pictures)
-    figures = {"rsna_mean_average_precision": scores["rsna"], "rsna_standard_error": scores["rsna_standard_error"],
-               "total_average_precision": scores["total"], "image_roc_auc": scores["auc"],
-               "image_roc_auc_AP": scores["auc_AP"], "image_roc_auc_PA": scores["auc_PA"],
-               "validation_loss": scores["loss"], "scored_images": len(scored.dataset),
-               "best_threshold": thresholds.box, "gate_threshold": thresholds.gate,
-               "threshold_source": thresholds.source, "size_weight": SIZE_WEIGHT}
-    save_checkpoint(args.save / "final.pth.tar", model, **checkpoint_state(history, args) | figures)
-    log_comparison(writer, args, figures)
-    return thresholds, scores, figures
+    model, runtime, thresholds = setup.training.model, setup.training.runtime, setup.thresholds
+    score = partial(evaluate, model, setup.dataset, batch_size=setup.arguments["batch_size"])
+    if setup.arguments["train_threshold"]:
+        thresholds = choose_thresholds(partial(score, setup.validation, runtime), thresholds)
+    figures = summarize(score(scored, runtime, [thresholds.box]), thresholds.gate)
+    state = checkpoint_state(setup, thresholds, history)
+    save_checkpoint(setup.save / "final.pth.tar", model, **state, **rename(figures))
+    if setup.arguments["save_images"]:
+        pictures = overlays(model, setup.dataset, scored, runtime, thresholds)
+        save_overlays(setup.save / "images",
+                      cli.progress(pictures, total=len(scored), description="draw"))
+    return thresholds, figures
 
 
-def log_comparison(writer, args, figures):
-    """A row of TensorBoard's HParams table: the flags that are usually compared, and the scores."""
-    compared = {key: str(getattr(args, key)) for key in ("batch_size", "epochs", "optimizer", "rescale_factor")}
-    names = {"rsna": "rsna_mean_average_precision", "total": "total_average_precision", "auc": "image_roc_auc"}
-    writer.add_hparams({**compared, "learning_rate": str(args.learning_rate)},
-                       {f"final/{name}": figures[key] for name, key in names.items()}, run_name=".")
-
-
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     args, model, state = parse_args(argv)
     runtime = choose_runtime(args.device, args.precision)
-    require_folder(args.data, flag="--data", variable="TRAINML_DATA_PATH")
-    require(args.labels, flag="--labels", variable="TRAINML_MODEL_PATH")
-    args.save = make_folder(args.save, flag="--save", variable="TRAINML_OUTPUT_PATH")
-    print(*(f"{key}={value}" for key, value in vars(args).items()), f"on {runtime.device.type} in {runtime.dtype}")
-    torch.manual_seed(args.seed)
-    if model is None:
-        model = build_model(args)
-    check_disk(args.save, model)
+    cli.require(args.data, "folder", flag="--data", variable="TRAINML_DATA_PATH")
+    cli.require(args.labels, "file", flag="--labels", variable="TRAINML_MODEL_PATH")
+    save = cli.require(args.save, "output", flag="--save", variable="TRAINML_OUTPUT_PATH")
+    arguments = plain_args(args)
+    print(*(f"{key}={value}" for key, value in arguments.items()),
+          f"on {runtime.device.type} in {runtime.dtype}")
 
-    dataset, parts = load_data(args)
-    write_csv(args.save / "split.csv", [("patientId", "split"), *(
-        (dataset.patient_ids[index], name) for name, part in parts.items() for index in part)])
-    train_loader, val_loader, final_loaders, generator = build_loaders(dataset, parts, args)
-    print(" and ".join(f"{len(indices)} {name}" for name, indices in parts.items()), "images", flush=True)
+    # network and data; every image is decoded once
+    torch.manual_seed(args.seed)
+    model = build_model(args, model)
+    check_disk(save, model)
+    dataset, parts = build_data(args)
+    cli.write_text(save / "split.csv", split_table(dataset, parts))
+    print(" and ".join(f"{len(part)} {name}" for name, part in parts.items()), "images", flush=True)
+    loader, order = build_loader(dataset, parts["training"], args, runtime)
     prepared = time.monotonic()
 
-    training = build_training(model, args, args.epochs * len(train_loader), runtime)
+    # optimizer; a continued run takes up its states
+    training = build_training(model, args, args.epochs * len(loader), runtime)
     if "optimizer" in state:
-        copy_best(Path(args.checkpoint).parent, args.save)
-        for name in CONTINUED:
-            getattr(training, name).load_state_dict(state[name])
+        resume(training, state, Path(args.checkpoint).parent, save)
     history = list(state.get("history", []))
-    with SummaryWriter(args.save / "logs", purge_step=training.scheduler.last_epoch or None) as writer:
-        try:
-            fit(training, (train_loader, val_loader), (generator, training.augmentation.generator), history, args, writer)
-        except KeyboardInterrupt:
-            if history and (args.save / "last.pth.tar").exists():
-                print(f"continue with: python train.py --checkpoint {args.save / 'last.pth.tar'} --save {args.save}")
-            raise
+    validation = parts["validation"]
+    if args.debug:
+        validation = validation[:DEBUG_VALIDATION_STEPS * args.batch_size]
+    setup = Setup(training, loader, order, dataset, validation, build_thresholds(args), save,
+                  arguments)
+
+    # epochs, final score
+    with SummaryWriter(save / "logs", purge_step=training.scheduler.last_epoch or None) as writer:
+        with hint_to_continue(save, history):
+            fit(setup, history, writer)
         trained = time.monotonic()
-        thresholds, scores, figures = finish(training, final_loaders, history, args, writer)
-    figures = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in figures.items()}
-    write_text(args.save / "metrics.json", json.dumps({
-        **figures, "history": history, **{f"{name}_images": len(indices) for name, indices in parts.items()},
-        "skipped_images": len(dataset.skipped), "arguments": plain_args(args), "versions": versions(),
-        "seconds": {"prepare": prepared - started, "train": trained - prepared, "score": time.monotonic() - trained}},
-        indent=1))
-    print(thresholds)
-    print(*score_lines(scores, len(final_loaders[-1].dataset)), sep="\n")
-    # the other images make a good model, but nobody may miss that some were lost by our own fault
-    return 1 if INTERNAL_ERROR in dict(dataset.skipped).values() else 0
+        scored = parts.get("test", parts["validation"])
+        thresholds, figures = hand_over(setup, history, scored)
+        log_comparison(writer, arguments, figures)
 
-
-def versions():
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    # metrics.json, last lines
+    seconds = {"prepare": prepared - started, "train": trained - prepared,
+               "score": time.monotonic() - trained}
+    figures_of_run = {
+        **rename(figures), **threshold_state(thresholds), **part_sizes(dataset, parts),
+        "history": history, "arguments": arguments, "versions": versions(), "seconds": seconds}
+    cli.write_text(save / "metrics.json", json.dumps(figures_of_run, indent=1))
+    print(thresholds, *score_lines(figures, len(scored)), sep="\n")
+    # the other images make a good model, but nobody may miss that some were lost by our fault
+    return 1 if dataset.internal_errors else 0
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -1,18 +1,19 @@
-"""Prints the tables of docs/experiments.md on what a run should hand over: which weights, which thresholds.
+"""Prints the tables of docs/experiments.md on which weights and thresholds a run hands over.
 
     for seed in 42 7; do for fold in 0 1 2; do
-      python train.py --optimizer adamw --epochs 10 --train-threshold --no-save-images --folds 3 --fold $fold --seed $seed \
-        --save output/seed-$seed-fold-$fold
+      python train.py --optimizer adamw --epochs 10 --train-threshold --no-save-images \
+        --folds 3 --fold $fold --seed $seed --save output/seed-$seed-fold-$fold
     done; done
     PYTHONPATH=. python docs/handover.py output/seed-*-fold-*
 
     python sample_data.py --train 2000 --test 0 --seed 1000 --output data/phantoms
-    python data_processing.py --images data/phantoms/stage_2_train_images --labels data/phantoms --output data/phantoms
-    PYTHONPATH=. python docs/handover.py --data data/phantoms/stage_2_train_images --labels data/phantoms/train.csv \
-      --model output/last.pth.tar
+    python data_processing.py --images data/phantoms/stage_2_train_images \
+      --labels data/phantoms --output data/phantoms
+    PYTHONPATH=. python docs/handover.py --data data/phantoms/stage_2_train_images \
+      --labels data/phantoms/train.csv --model output/last.pth.tar
 
-Reads prec.best.pth.tar and last.pth.tar of each run, or one model and a labelled folder that it was not trained on. Every
-rule chooses on some images and is scored on others.
+Reads prec.best.pth.tar and last.pth.tar of each run, or one model and a labelled folder that it was
+not trained on. Every rule chooses on some images and is scored on others.
 """
 
 import argparse
@@ -25,42 +26,40 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-import train
+import metrics
 from data_processing import read_labels
 from dataset import PneumoniaDataset
 from dicom import find_dicom_files
-from metrics import BOX_THRESHOLDS, GATE_THRESHOLDS, Evaluation, gate_scores, mean_average_precision, search_thresholds
-from model import load_checkpoint
-from predict import choose_runtime, find_boxes, image_confidence, predict_masks
+from model import choose_runtime, load_checkpoint
 
-GATES, DEFAULT = GATE_THRESHOLDS.tolist(), (29, 16)  # indices of the default thresholds 0.5 and 0.8
-DRAWS = 200  # random sets that thresholds are searched on
+GATES, DEFAULT = metrics.GATE_THRESHOLDS.tolist(), (29, 16)  # indices of the default thresholds
+DRAWS = 100  # random sets that thresholds are searched on
 
 
 class Scored(NamedTuple):
     """One network's masks on one part of the images, as they are and multiplied by 0.5."""
-    plain: Evaluation
-    halved: Evaluation
+    plain: metrics.Evaluation
+    halved: metrics.Evaluation
 
 
 def masks_of(model, dataset, runtime):
     batches = torch.arange(len(dataset)).split(16)
-    return np.concatenate([predict_masks(model, torch.from_numpy(dataset.images[batch])[:, None], runtime)
+    return np.concatenate([runtime.predict_masks(model, dataset[batch.tolist()][0])
                            for batch in batches])
 
 
 def score(masks, dataset):
     """Evaluation of masks (N, S, S) of probabilities at all box thresholds."""
-    scores = [[train.average_precision_image(*find_boxes(mask, size, box_threshold=threshold, gate_threshold=0), boxes)
-               for threshold in BOX_THRESHOLDS]
+    scores = [metrics.score_mask(mask, size, boxes, metrics.BOX_THRESHOLDS)
               for mask, size, boxes in zip(masks, dataset.original_sizes, dataset.boxes)]
     positive = np.array([len(boxes) > 0 for boxes in dataset.boxes])
-    confidences = np.array([image_confidence(mask) for mask in masks])
-    return Evaluation(float("nan"), confidences, positive, np.array(dataset.views), np.array(scores))
+    confidences = np.array([metrics.image_confidence(mask) for mask in masks])
+    views = np.array(dataset.views)
+    return metrics.Evaluation(float("nan"), confidences, positive, views, np.array(scores))
 
 
 def score_model(path, ids, data, labels, runtime):
-    """Scored of a checkpoint on the images `ids` of a folder; all that the labels name if ids is None."""
+    """Scored of a checkpoint on images of a folder; all that the labels name if ids is None."""
     model, state = load_checkpoint(path, runtime.device)
     files, boxes = find_dicom_files(data)[0], read_labels(labels)[0]
     files = {key: files[key] for key in ids or sorted(boxes)}
@@ -70,7 +69,8 @@ def score_model(path, ids, data, labels, runtime):
 
 
 def score_run(run, runtime):
-    """{(checkpoint, part): Scored} of a run with --folds: `last` and `prec.best` on its validation and test images."""
+    """{(checkpoint, part): Scored} of a run with --folds: both checkpoints on the validation and
+    test images."""
     arguments = json.loads(Path(run, "metrics.json").read_text())["arguments"]
     with open(Path(run, "split.csv"), newline="") as file:
         split = {row["patientId"]: row["split"] for row in csv.DictReader(file)}
@@ -79,34 +79,43 @@ def score_run(run, runtime):
         ids = sorted(key for key, value in split.items() if value == part)
         for name in ("prec.best", "last"):
             path = Path(run, f"{name}.pth.tar")
-            results[name, part] = score_model(path, ids, arguments["data"], arguments["labels"], runtime)
+            results[name, part] = score_model(path, ids, arguments["data"], arguments["labels"],
+                                              runtime)
     return results
 
 
 def rsna(evaluation, pair):
-    return mean_average_precision(gate_scores(evaluation, GATES[pair[1]])[:, pair[0]])
+    scores = metrics.gate_scores(evaluation, GATES[pair[1]])[:, pair[0]]
+    return metrics.mean_average_precision(scores)
 
 
 def part_of(evaluation, images):
-    return Evaluation(evaluation.loss, *(values[images] for values in evaluation[1:]))
+    return metrics.Evaluation(evaluation.loss, *(values[images] for values in evaluation[1:]))
 
 
 def joined(evaluations):
-    return Evaluation(float("nan"), *(np.concatenate(values) for values in list(zip(*evaluations))[1:]))
+    columns = list(zip(*evaluations))[1:]
+    return metrics.Evaluation(float("nan"), *(np.concatenate(values) for values in columns))
 
 
 def best_pair(evaluation):
     """The rule of before: the best pair of the smoothed table, whatever it gains."""
-    _, table = search_thresholds(evaluation, GATES, DEFAULT)
-    return np.unravel_index(ndimage.uniform_filter(table, 3, mode="nearest").argmax(), table.shape)
+    gated = [metrics.gate_scores(evaluation, gate) for gate in GATES]
+    table = np.stack([metrics.mean_average_precision(scores) for scores in gated], axis=-1)
+    smooth = ndimage.uniform_filter(table, 3, mode="nearest")
+    return np.unravel_index(smooth.argmax(), table.shape)
 
 
-RULES = {"defaults": lambda evaluation: DEFAULT, "best pair": best_pair,
-         "proven pair": lambda evaluation: search_thresholds(evaluation, GATES, DEFAULT)[0]}
+RULES = {
+    "defaults": lambda evaluation: DEFAULT,
+    "best pair": best_pair,
+    "proven pair": lambda evaluation: metrics.search_thresholds(evaluation, GATES, DEFAULT)[0],
+}
 
 
 def random_sets(evaluation, size, rng):
-    """Mean score of each rule, chosen on DRAWS random sets of `size` images and scored on the others."""
+    """Mean score of each rule, chosen on DRAWS random sets of `size` images and scored on the
+    others."""
     scores = {name: [] for name in RULES}
     for _ in range(DRAWS):
         order = rng.permutation(len(evaluation.positive))
@@ -120,20 +129,26 @@ def print_random_sets(title, evaluations, size):
     """One line: the rules' mean scores over several networks."""
     rng = np.random.default_rng(0)
     scores = [random_sets(evaluation, size, rng) for evaluation in evaluations]
-    means = {name: np.mean([score[name] for score in scores]) for name in RULES}
-    print(f"| {title} | {size} | " + " | ".join(f"{means[name]:.4f}" for name in RULES) + " |", flush=True)
+    means = [f"{np.mean([score[name] for score in scores]):.4f}" for name in RULES]
+    print(f"| {title} | {size} | {' | '.join(means)} |", flush=True)
 
 
 def print_weights(runs):
-    """Each run on its fold: both checkpoints, thresholds by each rule on the run's own validation images."""
-    table = {(weights, rule): [rsna(run[weights, "test"].plain, choose(run[weights, "validation"].plain)) for run in runs]
-             for weights in ("prec.best", "last") for rule, choose in RULES.items()}
-    before = np.array(table["prec.best", "best pair"])
-    print("| weights | thresholds | mean | each run | gain over the rule of before |\n|---|---|---|---|---|")
+    """Each run on its fold: both checkpoints, thresholds by each rule on its validation images."""
+    table = {}
+    for weights in ("prec.best", "last"):
+        for rule, choose in RULES.items():
+            table[weights, rule] = np.array([
+                rsna(run[weights, "test"].plain, choose(run[weights, "validation"].plain))
+                for run in runs])
+    before = table["prec.best", "best pair"]
+    print("| weights | thresholds | mean | each run | gain over the rule of before |")
+    print("|---|---|---|---|---|")
     for (weights, rule), scores in table.items():
-        gains = np.array(scores) - before
+        gains = scores - before
         error = gains.std(ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
-        print(f"| {weights} | {rule} | {np.mean(scores):.4f} | {', '.join(f'{score:.3f}' for score in scores)} | "
+        each = ", ".join(f"{score:.3f}" for score in scores)
+        print(f"| {weights} | {rule} | {scores.mean():.4f} | {each} | "
               f"{gains.mean():+.4f} +- {error:.4f} |")
 
 
@@ -159,12 +174,13 @@ def main():
     runs = [score_run(folder, runtime) for folder in args.runs]
     if runs:
         print_weights(runs)
-    print(f"\n| masks | images searched | {' | '.join(RULES)} |\n|---|---|" + "---|" * len(RULES))
+    print(f"\n| masks | images searched | {' | '.join(RULES)} |\n|---|---|{'---|' * len(RULES)}")
     if runs:
         print_thresholds(runs)
     if args.model:
         scored = score_model(args.model, None, args.data, args.labels, runtime)
-        print_random_sets("of the labelled folder", [scored.plain], len(scored.plain.positive) // 2)
+        images = len(scored.plain.positive)
+        print_random_sets("of the labelled folder", [scored.plain], images // 2)
 
 
 if __name__ == "__main__":

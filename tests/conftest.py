@@ -1,29 +1,32 @@
-"""Synthetic patients for the tests."""
+"""Synthetic patients, checkpoints and flags that several test files use."""
 
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+SMALL = ["--rescale-factor", "16", "--batch-size", "8", "--device", "cpu", "--precision", "fp32"]
 for variable in ("TRAINML_DATA_PATH", "TRAINML_MODEL_PATH", "TRAINML_OUTPUT_PATH"):
     os.environ.pop(variable, None)
 
 
 def make_dicom(pixels, *, transfer_syntax=ExplicitVRLittleEndian, **tags):
-    """An uncompressed DICOM data set of `pixels` (height, width[, 3]) with the challenge's header and `tags`."""
+    """An uncompressed DICOM data set of `pixels` (height, width[, 3]) with the challenge's header
+    and `tags`."""
     pixels = np.ascontiguousarray(pixels)
     dataset = Dataset()
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = transfer_syntax
     dataset.SOPClassUID = SecondaryCaptureImageStorage
     dataset.SOPInstanceUID = generate_uid()
-    dataset.Modality, dataset.PatientSex, dataset.PatientAge, dataset.ViewPosition = "CR", "F", "062Y", "PA"
+    dataset.Modality, dataset.ViewPosition = "CR", "PA"
+    dataset.PatientSex, dataset.PatientAge = "F", "062Y"
     dataset.Rows, dataset.Columns = pixels.shape[:2]
     dataset.SamplesPerPixel = 3 if pixels.ndim == 3 else 1
     dataset.PhotometricInterpretation = "RGB" if pixels.ndim == 3 else "MONOCHROME2"
@@ -63,3 +66,32 @@ def train_csv(phantoms, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tables")
     data_processing.build_training_csv(phantoms / "stage_2_train_images", phantoms, folder)
     return folder / "train.csv"
+
+
+@pytest.fixture
+def train_flags(phantoms, train_csv, tmp_path):
+    """Flags for a run on 20 images, the fewest that train.py takes, saving to tmp_path/output."""
+    rows = pd.read_csv(train_csv).drop_duplicates("patientId").groupby("Target").head(10)
+    rows.to_csv(tmp_path / "train.csv", index=False)
+    return ["--data", phantoms / "stage_2_train_images", "--labels", tmp_path / "train.csv",
+            "--save", tmp_path / "output", *SMALL, "--no-save-images"]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """An untrained network on few patches, which sees opacities in many places."""
+    from model import PneumoniaUNET, save_checkpoint
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "final.pth.tar"
+    save_checkpoint(path, PneumoniaUNET(patch_size=2), best_threshold=0.04, gate_threshold=0.0,
+                    rescale_factor=16)
+    return path
+
+
+def assert_same_weights(first, second):
+    """Two checkpoint files hold exactly the same network."""
+    from model import load_checkpoint
+    weights = [load_checkpoint(path)[0].state_dict() for path in (first, second)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, values in weights[0].items():
+        assert torch.equal(values, weights[1][name]), name

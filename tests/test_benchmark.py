@@ -6,7 +6,7 @@ import pytest
 
 import benchmark
 import sample_data
-from job import InputError
+from cli import InputError
 
 
 @pytest.fixture(autouse=True)

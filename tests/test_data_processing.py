@@ -8,11 +8,13 @@ import pandas as pd
 import pytest
 
 import data_processing as dp
-from job import InputError, InternalError
+from cli import InputError, InternalError
 
 PIXELS = np.zeros((8, 8), np.uint8)
 LABELS = "patientId,x,y,width,height,Target\na,1,2,3,4,1\na,5,1,2,2,1\nb,,,,,0\nc,,,,,0\n"
-CLASSES = "patientId,class\na,Lung Opacity\na,Lung Opacity\nb,Normal\nc,No Lung Opacity / Not Normal\n"
+CLASSES = ("patientId,class\na,Lung Opacity\na,Lung Opacity\nb,Normal\n"
+           "c,No Lung Opacity / Not Normal\n")
+TRAINING_COLUMNS = "patientId,PatientSex,PatientAge,ViewPosition,x,y,width,height,Target,class"
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def build(study):
 def test_training_csv_has_one_row_per_label_row(study, capsys):
     build(study)
     table = pd.read_csv(study / "train.csv")
-    assert list(table) == ("patientId,PatientSex,PatientAge,ViewPosition,x,y,width,height,Target,class").split(",")
+    assert list(table) == TRAINING_COLUMNS.split(",")
     assert table["patientId"].tolist() == ["a", "a", "b", "c"]
     assert table.loc[1, ["x", "y", "width", "height"]].tolist() == [5, 1, 2, 2]
     assert table["Target"].tolist() == [1, 1, 0, 0] and table["PatientAge"].tolist() == [62] * 4
@@ -47,28 +49,46 @@ def test_prediction_csv(study):
         "patientId,PatientSex,PatientAge,ViewPosition", "a,F,62,PA"]
 
 
-@pytest.mark.parametrize("value, age", [("62", 62), ("062Y", 62), ("006M", 0.5), ("151", None), ("120", None),
-                                        ("119", 119), ("", None), (None, None), ("old", None)])
+@pytest.mark.parametrize("value, age", [
+    ("62", 62), ("062Y", 62), ("006M", 0.5), ("151", None), ("120", None), ("119", 119),
+    ("", None), (None, None), ("old", None)])
 def test_ages(value, age):
     assert dp._age(value) == age
 
 
 def test_missing_tags_are_empty_cells(study, write_dicom):
-    write_dicom(study / "images" / "b.dcm", PIXELS, PatientAge=None, PatientSex="", ViewPosition=None)
+    write_dicom(study / "images" / "b.dcm", PIXELS, PatientAge=None, PatientSex="",
+                ViewPosition=None)
     build(study)
     assert "b,,,,,,,,0,Normal" in (study / "train.csv").read_text().splitlines()
 
 
-def test_images_and_labels_without_each_other_are_counted_and_named(study, write_dicom, capsys):
-    (study / "images" / "c.dcm").unlink()
+def test_an_image_without_a_label_is_left_out_and_named(study, write_dicom, capsys):
     write_dicom(study / "images" / "d.dcm", PIXELS)
+    assert build(study)["patientId"].tolist() == ["a", "a", "b", "c"]
+    assert "1 images without labels are left out: d" in capsys.readouterr().out
+
+
+def test_a_label_without_an_image_is_left_out_and_named(study, capsys):
+    (study / "images" / "c.dcm").unlink()
+    assert build(study)["patientId"].tolist() == ["a", "a", "b"]
+    assert "1 labels without an image are left out: c" in capsys.readouterr().out
+
+
+def test_files_that_are_not_dicom_are_left_out_and_named_with_their_reasons(study, capsys):
     (study / "images" / "notes.txt").write_text("no DICOM")
     (study / "images" / "gone.dcm").symlink_to("nowhere")
-    assert build(study)["patientId"].tolist() == ["a", "a", "b"]
+    assert build(study)["patientId"].tolist() == ["a", "a", "b", "c"]
     out = capsys.readouterr().out
-    assert "1 images without labels are left out: d" in out and "1 labels without an image are left out: c" in out
-    assert "2 left out, no readable DICOM file" in out
-    assert "notes.txt" in out and "gone.dcm (is a link to nothing)" in out
+    assert "2 left out, not readable as DICOM" in out
+    assert "notes.txt (is not a DICOM file)" in out and "gone.dcm (is a link to nothing)" in out
+
+
+def test_labels_and_images_without_a_common_id_are_refused(study):
+    path = study / "stage_2_train_labels.csv"
+    path.write_text("patientId,x,y,width,height,Target\nd,,,,,0\n")
+    with pytest.raises(InputError, match="no image in .* has a label in .*--images and --labels"):
+        build(study)
 
 
 @pytest.mark.parametrize("name, old, new, message", [
@@ -82,10 +102,12 @@ def test_images_and_labels_without_each_other_are_counted_and_named(study, write
     ("labels", "width", "breadth", "has no column width"),
     ("labels", LABELS, "", "cannot be read as a table"),
     ("labels", LABELS, LABELS.splitlines()[0], "has no rows"),
-    ("class", "a,Lung Opacity\nb", "a,Normal\nb", "line 3: patientId 'a' has two different classes"),
+    ("class", "a,Lung Opacity\nb", "a,Normal\nb",
+     "line 3: patientId 'a' has two different classes"),
 ])
 def test_broken_tables_name_file_line_and_value(study, name, old, new, message):
-    path = study / {"labels": "stage_2_train_labels.csv", "class": "stage_2_detailed_class_info.csv"}[name]
+    labels, classes = dp.TABLES
+    path = study / {"labels": labels, "class": classes}[name]
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
@@ -109,9 +131,10 @@ def test_boxes_outside_the_image_are_named(study, capsys):
     assert "1 boxes reach beyond their image" in capsys.readouterr().out
 
 
-def test_boxes_outside_their_image_are_dropped_and_so_is_an_image_left_without_a_box(study, capsys):
+def test_boxes_outside_their_image_are_dropped_with_an_image_left_without_a_box(study, capsys):
     path = study / "stage_2_train_labels.csv"
-    path.write_text(LABELS.replace("a,5,1,2,2,1", "a,8,1,2,2,1").replace("b,,,,,0", "b,-3,0,3,4,1"))
+    labels = LABELS.replace("a,5,1,2,2,1", "a,8,1,2,2,1").replace("b,,,,,0", "b,-3,0,3,4,1")
+    path.write_text(labels)
     table = build(study)
     assert table["patientId"].tolist() == ["a", "c"] and table["x"].tolist()[0] == 1
     assert "2 boxes lie outside their image and are dropped" in capsys.readouterr().out
@@ -136,8 +159,9 @@ def test_commas_at_the_end_of_rows_change_nothing(study, name, rows):
 
 
 def test_a_row_with_too_many_fields_is_refused_with_its_line(study):
-    (study / "stage_2_train_labels.csv").write_text(LABELS.replace("a,5,1,2,2,1", "\na,5,1,2,2,1,7"))
-    with pytest.raises(InputError, match=r"stage_2_train_labels.csv, line 4 has 7 fields, the first line 6"):
+    labels = LABELS.replace("a,5,1,2,2,1", "\na,5,1,2,2,1,7")
+    (study / "stage_2_train_labels.csv").write_text(labels)
+    with pytest.raises(InputError, match="labels.csv, line 4 has 7 fields, the first line 6"):
         build(study)
 
 
@@ -153,7 +177,8 @@ def test_boxes_as_shares_of_the_image_are_refused(study):
     (LABELS.encode("utf-16"), "UTF-16 text"), (LABELS.encode("utf-16-le"), "UTF-16 text")])
 def test_another_kind_of_file_named_csv_is_named(study, content, words):
     (study / "stage_2_train_labels.csv").write_bytes(content)
-    with pytest.raises(InputError, match=f"train_labels.csv is {words}.*not a table: save it as CSV in UTF-8"):
+    message = f"train_labels.csv is {words}.*not a table: save it as CSV in UTF-8"
+    with pytest.raises(InputError, match=message):
         build(study)
 
 
@@ -195,7 +220,8 @@ def test_an_internal_error_costs_its_file_and_ends_with_status_1(study, monkeypa
     table = pd.read_csv(study / {"training": "train.csv", "prediction": "predict.csv"}[kind])
     assert set(table["patientId"]) == {"a", "c"}
     output = capfd.readouterr()
-    assert output.err.count("Traceback") == 1 and "b.dcm (was not read because of an internal error" in output.out
+    assert output.err.count("Traceback") == 1
+    assert "b.dcm (was not read because of an internal error" in output.out
 
 
 def test_internal_errors_alone_are_not_blamed_on_the_folder(study, monkeypatch):
@@ -221,3 +247,16 @@ def test_a_zip_file_is_named_as_one(tmp_path):
 def test_missing_folder_is_named_with_flag_and_variable(tmp_path):
     with pytest.raises(InputError, match="nowhere does not exist.*--images.*TRAINML_DATA_PATH"):
         dp.main(["--images", str(tmp_path / "nowhere"), "--output", str(tmp_path)])
+
+
+def test_labels_of_a_table_are_boxes_and_views_by_id(study):
+    build(study)
+    boxes, views = dp.read_labels(study / "train.csv")
+    assert {key: value.tolist() for key, value in boxes.items()} == {
+        "a": [[1, 2, 3, 4], [5, 1, 2, 2]], "b": [], "c": []}
+    assert views == {"a": "PA", "b": "PA", "c": "PA"}
+
+
+def test_labels_of_the_challenge_have_no_views(study):
+    boxes, views = dp.read_labels(study / "stage_2_train_labels.csv")
+    assert boxes["b"].shape == (0, 4) and views == {"a": "", "b": "", "c": ""}

@@ -1,3 +1,4 @@
+import hashlib
 import os
 
 import numpy as np
@@ -5,15 +6,18 @@ import pytest
 import torch
 
 import dataset as ds
-import dicom
-from job import InputError, InternalError
-from metrics import parse_boxes
+import readers
+from cli import InputError, InternalError
+from metrics import parse_boxes, rescale_boxes
 
 GRADIENT = np.add.outer(np.arange(64), 2 * np.arange(64))  # 0..189
 
 
 def unit(values):
     return (values - values.min()) / np.ptp(values)
+
+
+# Masks
 
 
 @pytest.mark.parametrize("original_size", [(1024, 1024), (2048, 1536), (1000, 1000)])
@@ -25,7 +29,7 @@ def test_a_painted_box_comes_back_within_a_network_pixel(original_size, rescale_
         corner = rng.uniform(0, 700, 2)
         box = np.concatenate([corner, rng.uniform(60, 290, 2)])
         mask = ds.boxes_to_mask([box], original_size, side)
-        back = ds.rescale_boxes(parse_boxes(mask, 0.5)[0], (side, side), original_size)[0]
+        back = rescale_boxes(parse_boxes(mask, 0.5)[0], (side, side), original_size)[0]
         assert (np.abs(back - box) <= pixel).all()
         assert (np.abs(back[:2] + back[2:] - box[:2] - box[2:]) <= pixel[:2]).all()
 
@@ -35,32 +39,79 @@ def test_boxes_beyond_the_image_are_clipped():
     assert parse_boxes(mask, 0.5)[0].tolist() == [[0, 0, 3, 3], [62, 62, 2, 2]] and mask.max() == 1
 
 
+# The data set
+
+
 @pytest.fixture
 def small_dataset(tmp_path, write_dicom):
-    files = {f"p{i}": write_dicom(tmp_path / f"p{i}.dcm", GRADIENT.astype(np.uint8) + i) for i in range(5)}
-    boxes = {"p1": [[16, 8, 16, 32]]}
-    return ds.PneumoniaDataset(files, {key: boxes.get(key, ()) for key in files}, rescale_factor=16, workers=2)
+    """Five images p0 to p4, of which p1 has a box and a view."""
+    files = {f"p{i}": write_dicom(tmp_path / f"p{i}.dcm", GRADIENT.astype(np.uint8) + i)
+             for i in range(5)}
+    boxes = dict.fromkeys(files, ()) | {"p1": [[16, 8, 16, 32]]}
+    return ds.PneumoniaDataset(files, boxes, views={"p1": "AP"}, rescale_factor=16, workers=2)
 
 
-def test_dataset_gives_images_and_masks(small_dataset):
-    assert len(small_dataset) == 5 and small_dataset.patient_ids == ["p0", "p1", "p2", "p3", "p4"]
-    images, masks = small_dataset.__getitems__([1, 0])
-    assert images.shape == masks.shape == (2, 1, 64, 64) and images.dtype == masks.dtype == torch.uint8
-    assert parse_boxes(masks[0, 0].numpy(), 0.5)[0].tolist() == [[16, 8, 16, 32]]
+def test_images_keep_the_order_of_the_files(small_dataset):
+    assert len(small_dataset) == 5
+    assert small_dataset.patient_ids == ["p0", "p1", "p2", "p3", "p4"]
+
+
+def test_a_batch_holds_the_images_asked_for(small_dataset):
+    images, masks = small_dataset[[1, 0]]
+    assert images.shape == masks.shape == (2, 1, 64, 64)
+    assert images.dtype == masks.dtype == torch.uint8
     np.testing.assert_array_equal(images[0, 0], (unit(GRADIENT) * 255 + 0.5).astype(np.uint8))
-    assert small_dataset[1][1].sum() == 16 * 32 and not masks[1].any()
 
 
-def test_few_unreadable_images_are_dropped_and_many_refused(tmp_path, write_dicom):
-    files = {f"p{i}": write_dicom(tmp_path / f"p{i}.dcm", np.eye(8, dtype=np.uint8)) for i in range(20)}
+def test_a_batch_holds_masks_of_the_boxes(small_dataset):
+    _, masks = small_dataset[[1, 0]]
+    assert parse_boxes(masks[0, 0].numpy(), 0.5)[0].tolist() == [[16, 8, 16, 32]]
+    assert masks[0].sum() == 16 * 32 and not masks[1].any()
+
+
+def test_a_batch_does_not_change_what_is_stored(small_dataset):
+    images, _ = small_dataset[[0]]
+    images.zero_()
+    assert small_dataset[[0]][0].any()
+
+
+def test_what_is_known_of_an_image_is_kept(small_dataset):
+    assert small_dataset.original_sizes == [(64, 64)] * 5
+    assert small_dataset.views == ["", "AP", "", "", ""]
+    assert [len(boxes) for boxes in small_dataset.boxes] == [0, 1, 0, 0, 0]
+
+
+@pytest.fixture
+def twenty(tmp_path, write_dicom):
+    """Files of 20 images, and the other arguments of a data set."""
+    files = {f"p{i}": write_dicom(tmp_path / f"p{i}.dcm", np.eye(8, dtype=np.uint8))
+             for i in range(20)}
+    return files, {"boxes": dict.fromkeys(files, ()), "rescale_factor": 16}
+
+
+def test_few_unreadable_images_are_dropped(twenty):
+    files, options = twenty
     files["p7"].write_text("no DICOM")
-    options = {"boxes": dict.fromkeys(files, ()), "rescale_factor": 16}
     dataset = ds.PneumoniaDataset(files, **options)
     assert len(dataset) == 19 and "p7" not in dataset.patient_ids
     assert [path for path, _ in dataset.skipped] == [files["p7"]]
-    files["p8"].write_text("no DICOM")
+    assert dataset.internal_errors == 0
+
+
+def test_many_unreadable_images_are_refused(twenty):
+    files, options = twenty
+    for name in ("p7", "p8"):
+        files[name].write_text("no DICOM")
     with pytest.raises(InputError, match="2 of 20 images cannot be read, more than 5%.*p7"):
         ds.PneumoniaDataset(files, **options)
+
+
+def test_an_image_with_a_remark_is_kept_and_named(twenty, write_dicom):
+    files, options = twenty
+    write_dicom(files["p7"], np.zeros((8, 8), np.uint8))
+    dataset = ds.PneumoniaDataset(files, **options)
+    assert len(dataset) == 20
+    assert dataset.notes == [(files["p7"], "is constant: all of its pixels have the same value")]
 
 
 def test_no_room_for_the_cache_is_found_out_at_once(tmp_path, monkeypatch):
@@ -79,27 +130,120 @@ def test_without_a_temporary_folder_a_line_says_what_to_set(tmp_path, monkeypatc
         ds.PneumoniaDataset({"a": tmp_path / "a.dcm"}, {"a": ()})
 
 
+def test_the_cache_does_without_posix_fallocate(twenty, monkeypatch):
+    files, options = twenty
+    monkeypatch.delattr(os, "posix_fallocate")  # macOS has no such call
+    assert ds.PneumoniaDataset(files, **options)[[19]][0].max() == 255
+
+
 def test_the_cache_does_without_madvise(small_dataset):
     images = small_dataset.images.copy()
     small_dataset._map = object()  # Windows has no such call
-    np.testing.assert_array_equal(small_dataset.__getitems__([0, 1])[0][:, 0], images[:2])
+    np.testing.assert_array_equal(small_dataset[[0, 1]][0][:, 0], images[:2])
 
 
 def test_internal_errors_are_not_blamed_on_the_images(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(dicom, "load_and_prepare_image", None)
+    monkeypatch.setattr(readers, "load_and_prepare_image", None)
     with pytest.raises(InternalError, match="1 of 1 images cannot be read.*internal error"):
         ds.PneumoniaDataset({"a": tmp_path / "a.dcm"}, {"a": ()}, rescale_factor=16)
     assert "Traceback" in capfd.readouterr().err
 
 
-def test_split_is_seeded_stratified_and_independent_of_order():
-    labels = {f"id{i:03}": i % 4 == 0 for i in range(200)}
-    training, validation = ds.split_patients(labels, validation_share=0.1, seed=1)
-    again = ds.split_patients(dict(reversed(labels.items())), validation_share=0.1, seed=1)
-    assert (training, validation) == again and len(validation) == 20
-    assert not set(training) & set(validation) and set(training) | set(validation) == set(labels)
-    assert sum(labels[key] for key in validation) == 5
-    assert validation != ds.split_patients(labels, validation_share=0.1, seed=2)[1]
+# Splits
+
+
+LABELS = {f"id{i:03}": i % 4 == 0 for i in range(200)}
+
+
+def test_a_split_depends_on_ids_and_seed_and_not_on_their_order():
+    first = ds.split_patients(LABELS, validation_share=0.1, seed=1)
+    again = ds.split_patients(dict(reversed(LABELS.items())), validation_share=0.1, seed=1)
+    other = ds.split_patients(LABELS, validation_share=0.1, seed=2)
+    assert first == again and first[1] != other[1]
+
+
+def test_a_split_gives_every_id_to_one_part():
+    training, validation = ds.split_patients(LABELS, validation_share=0.1, seed=1)
+    assert sorted(training + validation) == sorted(LABELS)
+
+
+def test_a_split_takes_its_share_of_each_class():
+    _, validation = ds.split_patients(LABELS, validation_share=0.1, seed=1)
+    assert len(validation) == 20 and sum(LABELS[key] for key in validation) == 5
+
+
+def test_a_fold_holds_the_ids_of_its_digest():
+    outside, test = ds.split_fold(LABELS, folds=3, fold=1)
+    expected = {key for key in LABELS if int(hashlib.md5(key.encode()).hexdigest(), 16) % 3 == 1}
+    assert set(test) == expected and sorted(outside + test) == sorted(LABELS)
+
+
+def test_folds_share_no_id_and_leave_none_out():
+    folds = [ds.split_fold(LABELS, folds=3, fold=fold)[1] for fold in range(3)]
+    assert sorted(sum(folds, [])) == sorted(LABELS)
+
+
+def test_without_folds_there_are_two_parts():
+    parts = ds.split(LABELS, seed=1, folds=None, fold=None)
+    training, validation = ds.split_patients(LABELS, validation_share=0.1, seed=1)
+    assert parts == {"training": training, "validation": validation}
+
+
+def test_with_folds_training_and_validation_split_what_is_outside_the_fold():
+    parts = ds.split(LABELS, seed=1, folds=3, fold=1)
+    outside, test = ds.split_fold(LABELS, folds=3, fold=1)
+    assert parts["test"] == test
+    assert sorted(parts["training"] + parts["validation"]) == outside
+    assert len(parts["validation"]) == pytest.approx(len(outside) / 10, abs=1)
+
+
+def load(phantoms, train_csv, output, **changes):
+    options = {"output": output, "rescale_factor": 16, "workers": 2, "seed": 42, "folds": None,
+               "fold": None, "limits": {}} | changes
+    return ds.load_data(phantoms / "stage_2_train_images", train_csv, **options)
+
+
+def test_all_labelled_images_are_loaded_in_two_parts(phantoms, train_csv, tmp_path):
+    dataset, parts = load(phantoms, train_csv, tmp_path)
+    assert {name: len(part) for name, part in parts.items()} == {"training": 36, "validation": 4}
+    assert sorted(parts["training"] + parts["validation"]) == list(range(40))
+    assert len(dataset) == 40
+    assert sum(len(boxes) > 0 for boxes in dataset.boxes) == 16
+    assert set(dataset.views) == {"AP", "PA"}
+
+
+def test_limits_cut_the_parts_before_images_are_read(phantoms, train_csv, tmp_path):
+    whole, parts = load(phantoms, train_csv, tmp_path)
+    cut, fewer = load(phantoms, train_csv, tmp_path, limits={"training": 5, "test": 1})
+    assert len(cut) == 9 and len(fewer["training"]) == 5
+    kept = {whole.patient_ids[index] for index in parts["training"]}
+    assert {cut.patient_ids[index] for index in fewer["training"]} < kept
+
+
+def test_an_unreadable_image_is_left_out_of_its_part(phantoms, train_csv, tmp_path, capsys):
+    for path in (phantoms / "stage_2_train_images").iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / path.name).unlink()
+    (tmp_path / path.name).write_text("no DICOM")
+    options = {"output": tmp_path / "output", "rescale_factor": 16, "workers": 2, "seed": 42,
+               "folds": None, "fold": None, "limits": {}}
+    dataset, parts = ds.load_data(tmp_path, train_csv, **options)
+    assert path.stem not in dataset.patient_ids
+    assert sorted(parts["training"] + parts["validation"]) == list(range(39))
+    assert f"1 images cannot be read and are left out: {tmp_path / path.name}: is not a DICOM" in (
+        capsys.readouterr().out)
+
+
+def test_too_few_images_of_a_class_are_refused_with_both_counts(phantoms, train_csv, tmp_path):
+    rows = train_csv.read_text().splitlines()
+    negative = [row for row in rows[1:] if ",0," in row]
+    positive = [row for row in rows[1:] if row not in negative]
+    (tmp_path / "train.csv").write_text("\n".join([rows[0], *positive, *negative[:9]]))
+    with pytest.raises(InputError, match="share 16 images with opacities and 9 without; .* 10 of"):
+        load(phantoms, tmp_path / "train.csv", tmp_path)
+
+
+# Augmentation
 
 
 def augment(seed, count=6, side=64):
@@ -108,12 +252,20 @@ def augment(seed, count=6, side=64):
     return ds.Augmentation(torch.Generator().manual_seed(seed))(image, (image > 0).float())
 
 
-def test_augmentation_moves_image_and_mask_alike_and_differs_for_every_image():
+def test_augmented_values_stay_in_their_range():
     images, masks = augment(0)
     assert set(masks.unique().tolist()) == {0, 1} and 0 <= images.min() and images.max() <= 1
+
+
+def test_augmentation_moves_image_and_mask_alike():
+    images, masks = augment(0)
     inside = (images > images.amax(dim=(1, 2, 3), keepdim=True) / 2).float()
-    overlap = (inside * masks).sum(dim=(1, 2, 3)) / torch.maximum(inside, masks).sum(dim=(1, 2, 3))
-    assert overlap.min() > 0.9
+    both, either = inside * masks, torch.maximum(inside, masks)
+    assert (both.sum(dim=(1, 2, 3)) / either.sum(dim=(1, 2, 3))).min() > 0.9
+
+
+def test_augmentation_differs_for_every_image():
+    _, masks = augment(0)
     assert all((masks[i] != masks[j]).any() for i in range(6) for j in range(i))
 
 

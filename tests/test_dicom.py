@@ -1,8 +1,5 @@
-import _multiprocessing
 import io
 import os
-import signal
-import time
 
 import numpy as np
 import pytest
@@ -12,6 +9,8 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGBaseline8Bit, RLELossless
 
 import dicom
+import greyscale
+from cli import InputError
 
 GRADIENT = np.add.outer(np.arange(64), 2 * np.arange(64))  # 0..189
 
@@ -40,8 +39,9 @@ def unit(values):
 
 
 @pytest.mark.parametrize("pixels", [
-    GRADIENT.astype(np.uint8), GRADIENT.astype(np.uint16) * 300, (GRADIENT - 90).astype(np.int16) * 100,
-    (GRADIENT - 90).astype(np.int8), GRADIENT.astype(np.uint32) * 10_000_000])
+    GRADIENT.astype(np.uint8), GRADIENT.astype(np.uint16) * 300,
+    (GRADIENT - 90).astype(np.int16) * 100, (GRADIENT - 90).astype(np.int8),
+    GRADIENT.astype(np.uint32) * 10_000_000])
 def test_every_depth_is_scaled_by_its_own_range(tmp_path, write_dicom, pixels):
     image, original_size = prepare(write_dicom(tmp_path / "a.dcm", pixels))
     assert image.dtype == np.float32 and original_size == (64, 64)
@@ -49,22 +49,25 @@ def test_every_depth_is_scaled_by_its_own_range(tmp_path, write_dicom, pixels):
 
 
 def test_monochrome1_is_inverted(tmp_path, write_dicom):
-    path = write_dicom(tmp_path / "a.dcm", GRADIENT.astype(np.uint8), PhotometricInterpretation="MONOCHROME1")
+    path = write_dicom(tmp_path / "a.dcm", GRADIENT.astype(np.uint8),
+                       PhotometricInterpretation="MONOCHROME1")
     np.testing.assert_allclose(prepare(path)[0], 1 - unit(GRADIENT), atol=1e-6)
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
 @pytest.mark.parametrize("write", [make_file, jpeg_dicom])
 def test_a_constant_image_gives_zeros_and_is_named(tmp_path, write, photometric):
-    path = write(tmp_path / "a.dcm", np.full((32, 32), 7, np.uint8), PhotometricInterpretation=photometric)
-    with pytest.warns(dicom.ImageWarning, match="is constant"):
+    path = write(tmp_path / "a.dcm", np.full((32, 32), 7, np.uint8),
+                 PhotometricInterpretation=photometric)
+    with pytest.warns(greyscale.ImageWarning, match="is constant"):
         assert not prepare(path)[0].any()
 
 
 def test_integer_reduction_averages_blocks(tmp_path, write_dicom):
     pixels = np.random.default_rng(0).integers(0, 65536, (256, 256)).astype(np.uint16)
     means = pixels.reshape(64, 4, 64, 4).mean(axis=(1, 3))
-    np.testing.assert_allclose(prepare(write_dicom(tmp_path / "a.dcm", pixels))[0], unit(means), atol=1e-5)
+    image, _ = prepare(write_dicom(tmp_path / "a.dcm", pixels))
+    np.testing.assert_allclose(image, unit(means), atol=1e-5)
 
 
 def test_any_shape_becomes_a_square_and_keeps_its_size(tmp_path, write_dicom):
@@ -75,40 +78,42 @@ def test_any_shape_becomes_a_square_and_keeps_its_size(tmp_path, write_dicom):
 
 def test_modality_rescale_and_window_act_before_the_range(tmp_path, write_dicom):
     pixels = GRADIENT.astype(np.int16)
-    path = write_dicom(tmp_path / "a.dcm", pixels, RescaleSlope=-2, RescaleIntercept=10, WindowCenter=-90,
-                       WindowWidth=101)
+    path = write_dicom(tmp_path / "a.dcm", pixels, RescaleSlope=-2, RescaleIntercept=10,
+                       WindowCenter=-90, WindowWidth=101)
     shown = np.clip((-2.0 * pixels + 10 - -90.5) / 100 + 0.5, 0, 1)  # DICOM PS3.3 C.11.2.1.2
     np.testing.assert_allclose(prepare(path)[0], unit(shown), atol=1e-5)
 
 
 def test_challenge_files_take_the_short_way_to_nearly_the_same_image(tmp_path, write_dicom):
-    rng = np.random.default_rng(0)
-    smooth = Image.fromarray(rng.integers(0, 256, (32, 32)).astype(np.uint8)).resize((1024, 1024), Image.BICUBIC)
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32)).astype(np.uint8)
+    smooth = Image.fromarray(noise).resize((1024, 1024), Image.BICUBIC)
     path = jpeg_dicom(tmp_path / "a.dcm", np.asarray(smooth))
     expected = unit(np.asarray(smooth.reduce(4), float))
     assert np.abs(dicom.load_and_prepare_image(path, 4)[0] - expected).mean() < 0.005
 
 
+def smooth_gradient():
+    small = Image.fromarray(GRADIENT.astype(np.uint8))
+    return np.asarray(small.resize((256, 256), Image.BICUBIC))
+
+
 def test_a_monochrome1_jpeg_is_inverted(tmp_path):
-    smooth = np.asarray(Image.fromarray(GRADIENT.astype(np.uint8)).resize((256, 256), Image.BICUBIC))
+    smooth = smooth_gradient()
     path = jpeg_dicom(tmp_path / "a.dcm", smooth, PhotometricInterpretation="MONOCHROME1")
     image, _ = prepare(path, 256)
     assert np.abs(image - (1 - unit(smooth.astype(float)))).mean() < 0.01
 
 
 def test_a_jpeg_with_a_display_hint_gets_it_applied(tmp_path):
-    smooth = np.asarray(Image.fromarray(GRADIENT.astype(np.uint8)).resize((256, 256), Image.BICUBIC))
-    path = jpeg_dicom(tmp_path / "a.dcm", smooth, WindowCenter=90, WindowWidth=20)
+    path = jpeg_dicom(tmp_path / "a.dcm", smooth_gradient(), WindowCenter=90, WindowWidth=20)
     image, _ = prepare(path, 256)
     assert np.mean((image == 0) | (image == 1)) > 0.7
 
 
-@pytest.mark.parametrize("ours", ["unit_range", "displayed", "_read_pixels", "_check_header"])
+@pytest.mark.parametrize("ours", ["unit_range", "displayed", "MAX_PIXELS"])
 def test_a_fault_of_our_own_is_not_blamed_on_the_file(tmp_path, write_dicom, monkeypatch, ours):
-    def fail(*args, **options):
-        raise TypeError("a fault of ours")
-    monkeypatch.setattr(dicom, ours, fail)
-    with pytest.raises(TypeError, match="a fault of ours"):
+    monkeypatch.setattr(dicom, ours, None)
+    with pytest.raises(TypeError, match="NoneType"):
         prepare(write_dicom(tmp_path / "a.dcm", GRADIENT.astype(np.uint8)))
 
 
@@ -120,16 +125,20 @@ def test_too_little_memory_for_an_image_is_a_reason(tmp_path, write_dicom, monke
         prepare(write_dicom(tmp_path / "a.dcm", GRADIENT.astype(np.uint8)))
 
 
-def test_colour_and_frames_are_used_in_part_with_a_warning(tmp_path, write_dicom):
+def test_the_luminance_of_a_colour_image_is_used_with_a_warning(tmp_path, write_dicom):
     colour = np.stack([GRADIENT, GRADIENT * 0, GRADIENT * 0], -1).astype(np.uint8)
-    with pytest.warns(dicom.ImageWarning, match="colour"):
+    with pytest.warns(greyscale.ImageWarning, match="colour"):
         image, _ = prepare(write_dicom(tmp_path / "a.dcm", colour))
     np.testing.assert_allclose(image, unit(GRADIENT), atol=1e-5)
+
+
+def test_the_first_of_several_frames_is_used_with_a_warning(tmp_path):
     frames = make_dicom(GRADIENT.astype(np.uint8), NumberOfFrames=2)
     frames.PixelData += bytes(64 * 64)
-    frames.save_as(tmp_path / "b.dcm", enforce_file_format=True)
-    with pytest.warns(dicom.ImageWarning, match="2 frames"):
-        np.testing.assert_allclose(prepare(tmp_path / "b.dcm")[0], unit(GRADIENT), atol=1e-6)
+    frames.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    with pytest.warns(greyscale.ImageWarning, match="2 frames"):
+        image, _ = prepare(tmp_path / "a.dcm")
+    np.testing.assert_allclose(image, unit(GRADIENT), atol=1e-6)
 
 
 def test_float_pixels_with_gaps(tmp_path):
@@ -150,7 +159,9 @@ def test_rle(tmp_path):
     np.testing.assert_allclose(prepare(tmp_path / "a.dcm")[0], unit(GRADIENT), atol=1e-6)
 
 
-def test_unusable_files_say_why(tmp_path, write_dicom):
+@pytest.fixture
+def unusable(tmp_path, write_dicom):
+    """Folder of files that no image can be read from."""
     (tmp_path / "text.dcm").write_text("hello")
     (tmp_path / "empty.dcm").write_bytes(b"")
     whole = write_dicom(tmp_path / "whole.dcm", GRADIENT.astype(np.uint8)).read_bytes()
@@ -160,101 +171,21 @@ def test_unusable_files_say_why(tmp_path, write_dicom):
     del without.PixelData
     without.save_as(tmp_path / "without.dcm", enforce_file_format=True)
     jpeg_dicom(tmp_path / "other size.dcm", GRADIENT.astype(np.uint8), Rows=32)
-    for name, reason in (("text", "DICOM"), ("empty", "empty|DICOM"), ("cut", "pixel data"),
-                         ("missing", "No such file"),
-                         ("huge", "65535 x 65535 pixels"), ("without", "no pixel data"), ("other size", "64 x 64")):
-        with pytest.raises(dicom.UnreadableImage, match=reason):
-            prepare(tmp_path / f"{name}.dcm")
+    return tmp_path
 
 
-def numbers(folder, count):
-    return [folder / str(number) for number in range(count)]
-
-
-def test_files_are_read_in_order(tmp_path):
-    paths = numbers(tmp_path, 100)
-    readings = dicom.read_files(lambda path: path.name, paths, workers=2)
-    assert [reading.value for reading in readings] == [path.name for path in paths]
-
-
-def test_a_crash_costs_one_file(tmp_path):
-    def read(path):
-        if path.name == "3":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return path.name
-    readings = list(dicom.read_files(read, numbers(tmp_path, 20), workers=2))
-    assert [reading.value for reading in readings if not reading.problem] == [
-        str(number) for number in range(20) if number != 3]
-    assert readings[3].problem == "crashed its decoder"
-
-
-@pytest.mark.parametrize("limit, hang, problem", [
-    ("TIME_LIMIT", "while True: pass", "took more than 0.3 seconds of CPU time to decode"),
-    ("WAIT_LIMIT", "signal.pause()", "took more than 0.3 seconds to read")])
-def test_a_hang_costs_one_file(tmp_path, monkeypatch, limit, hang, problem):
-    def read(path):
-        if path.name == "3":
-            exec(hang)
-        return path.name
-    monkeypatch.setattr(dicom, limit, 0.3)  # the readers are forked, so they see it
-    readings = list(dicom.read_files(read, numbers(tmp_path, 8), workers=2))
-    assert [reading.problem or reading.value for reading in readings] == [
-        "0", "1", "2", problem, "4", "5", "6", "7"]
-
-
-def test_a_file_that_ended_its_reader_is_tried_again_while_no_other_is_read(tmp_path):
-    def read(path):
-        tried, busy = path.with_suffix(".tried"), path.with_suffix(".busy")
-        again = tried.exists()
-        tried.touch()
-        busy.touch()
-        if path.name == "9" and not again:
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.02)
-        others = sorted(tmp_path.glob("*.busy"))
-        busy.unlink()
-        return [other.stem for other in others] if again else None
-    readings = list(dicom.read_files(read, numbers(tmp_path, 40), workers=2))
-    assert not any(reading.problem for reading in readings) and readings[9].value == ["9"]
-
-
-def test_the_same_files_are_read_on_one_core_with_many_workers(tmp_path, monkeypatch):
-    def read(path):
-        started = time.process_time()
-        while time.process_time() - started < 0.25:
-            pass
-    monkeypatch.setattr(dicom, "TIME_LIMIT", 1)  # the eight together take two seconds
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})
-    try:
-        readings = list(dicom.read_files(read, numbers(tmp_path, 8), workers=8))
-    finally:
-        os.sched_setaffinity(0, cores)
-    assert not [reading.problem for reading in readings if reading.problem]
-
-
-def test_an_error_of_our_own_is_printed_once_and_costs_its_files(tmp_path, capfd):
-    def read(path):
-        if path.name in "357":
-            raise KeyError(path.name)
-        return path.name
-    readings = list(dicom.read_files(read, numbers(tmp_path, 10), workers=2))
-    assert [reading.value for reading in readings] == ["0", "1", "2", None, "4", None, "6", None, "8", "9"]
-    assert {reading.problem for reading in readings} == {"", dicom.INTERNAL_ERROR}
-    errors = capfd.readouterr().err
-    assert errors.count("Traceback") == 1 and "KeyError: '3'" in errors
-
-
-def test_files_are_read_without_semaphores(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise FileNotFoundError(2, "No such file or directory")
-    monkeypatch.setattr(_multiprocessing, "SemLock", refuse)
-    assert len(list(dicom.read_files(str, numbers(tmp_path, 10), workers=2))) == 10
+@pytest.mark.parametrize("name, reason", [
+    ("text", "DICOM"), ("empty", "empty|DICOM"), ("cut", "pixel data"), ("missing", "No such file"),
+    ("huge", "65535 x 65535 pixels"), ("without", "no pixel data"), ("other size", "64 x 64")])
+def test_unusable_files_say_why(unusable, name, reason):
+    with pytest.raises(dicom.UnreadableImage, match=reason):
+        prepare(unusable / f"{name}.dcm")
 
 
 @pytest.mark.parametrize("error", [
     KeyError("Rows"), TypeError("'<=' not supported between instances of 'int' and 'list'"),
-    AttributeError("'FileDataset' object has no attribute 'Rows'"), ValueError(r"invalid literal for int(): b'\x03'"),
+    AttributeError("'FileDataset' object has no attribute 'Rows'"),
+    ValueError(r"invalid literal for int(): b'\x03'"),
     ValueError("could not broadcast input array from shape (15000,) into shape (30000,)"),
     OSError("cannot identify image file <_io.BytesIO object at 0x7f5c>, no pixel data")])
 def test_a_reason_shows_no_python(error):
@@ -267,6 +198,7 @@ def test_a_reason_quotes_what_pydicom_says_of_the_file():
 
 
 # Finding files
+
 
 def touch(path, content=bytes(128) + b"DICM"):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -282,14 +214,16 @@ def find(folder, *leave_out):
 
 
 def test_files_are_found_in_sub_folders_whatever_their_case(tmp_path):
-    names = ["x.dcm/deep/Ünïcode name.DCM", "1.2.840.10008", "1.2.840.10009", "b.dcm", ".hidden.dcm"]
+    names = ["x.dcm/deep/Ünïcode name.DCM", "1.2.840.10008", "1.2.840.10009", "b.dcm",
+             ".hidden.dcm"]
     for name in names:
         touch(tmp_path / name, b"")
     os.mkfifo(tmp_path / "pipe.dcm")
     (tmp_path / "gone.dcm").symlink_to("nowhere")
     files, reasons = find(tmp_path)
     assert sorted(files) == ["1.2.840.10008", "1.2.840.10009", "b", "Ünïcode name"]
-    assert reasons == {"x.dcm": "is a folder", "pipe.dcm": "is not a regular file", "gone.dcm": "is a link to nothing"}
+    assert reasons == {"x.dcm": "is a folder", "pipe.dcm": "is not a regular file",
+                       "gone.dcm": "is a link to nothing"}
 
 
 @pytest.mark.parametrize("sidecar", ["A/x.xml", "x.csv", "x.bmp", "x.JPG", "A/x.dcm", "x", "A/x"])
@@ -361,3 +295,38 @@ def test_folders_of_results_are_left_out(tmp_path):
     touch(tmp_path / "output" / "b.dcm")
     assert find(tmp_path, tmp_path / "output") == ({"a": "a.dcm"}, {})
     assert find(tmp_path, tmp_path)[0].keys() == {"a", "b"}
+
+
+# Phantoms and radiographs
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A folder like that of sample_data.py, with two training images."""
+    (tmp_path / "synthetic.json").write_text('{"train": 2, "test": 1, "seed": 42}')
+    for name in ("a.dcm", "b.dcm"):
+        touch(tmp_path / "stage_2_train_images" / name)
+    return tmp_path
+
+
+def refuse_mixture(folder):
+    dicom.refuse_mixture(folder, dicom.find_dicom_files(folder)[0])
+
+
+def test_phantoms_with_other_files_among_them_are_refused(made):
+    touch(made / "stage_2_train_images" / "c.dcm")
+    with pytest.raises(InputError, match="holds 3 files, sample_data.py made 2: .* are mixed"):
+        refuse_mixture(made / "stage_2_train_images")
+
+
+@pytest.mark.parametrize("name", ["stage_2_train_images", "stage_2_test_images", "others"])
+def test_phantoms_and_folders_beside_them_are_taken(made, name):
+    touch(made / "others" / "x.dcm")
+    touch(made / "others" / "y.dcm")
+    refuse_mixture(made / name)
+
+
+def test_radiographs_without_phantoms_are_taken(made):
+    (made / "synthetic.json").unlink()
+    touch(made / "stage_2_train_images" / "c.dcm")
+    refuse_mixture(made / "stage_2_train_images")

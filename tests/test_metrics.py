@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import metrics
-from metrics import average_precision_image, box_iou, parse_boxes, prediction_string
+from metrics import Thresholds, average_precision_image, find_boxes, parse_boxes, prediction_string
 
 
 def paint(box, side):
@@ -15,7 +15,8 @@ def paint(box, side):
 
 
 def slow_average_precision(predicted, confidences, targets, side):
-    """The challenge's text, word by word, on painted masks and with whole numbers until the last division."""
+    """The challenge's text, word by word, on painted masks and with whole numbers until the last
+    division."""
     if not len(predicted) and not len(targets):
         return math.nan
     order = sorted(range(len(predicted)), key=lambda i: (-confidences[i], i))
@@ -79,9 +80,18 @@ def test_true_negatives_count_in_the_tutorials_number_alone():
     assert metrics.mean_average_precision(np.array([math.nan])) == 0
 
 
-def test_box_iou_of_touching_and_nested_boxes():
-    iou = box_iou([[0, 0, 2, 2]], [[2, 0, 2, 2], [0, 0, 1, 1], [1, 1, 2, 2], [0, 0, 2, 2]])
-    assert iou.tolist() == [[0, 0.25, 1 / 7, 1]]
+@pytest.mark.parametrize("target, iou", [
+    ([2, 0, 2, 2], 0), ([0, 0, 1, 1], 0.25), ([0, 0, 1, 2], 0.5), ([0, 0, 2, 2], 1)])
+def test_touching_and_nested_boxes_hit_below_their_iou(target, iou):
+    score = average_precision_image([[0, 0, 2, 2]], [1.0], [target])
+    assert score == sum(iou > threshold for threshold in metrics.IOU_THRESHOLDS) / 8
+
+
+def test_boxes_go_to_another_image_size_and_back():
+    boxes = np.array([[10, 20, 30, 40], [0, 0, 1000, 500]])
+    there = metrics.rescale_boxes(boxes, (500, 1000), (64, 64))
+    np.testing.assert_allclose(there[1], [0, 0, 64, 64])
+    np.testing.assert_allclose(metrics.rescale_boxes(there, (64, 64), (500, 1000)), boxes)
 
 
 def test_parse_boxes_finds_regions_with_their_mean_probability():
@@ -100,6 +110,95 @@ def test_diagonal_neighbours_are_one_region():
     assert parse_boxes(np.eye(4), 0.5)[0].tolist() == [[0, 0, 4, 4]]
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 3)])
+def test_a_mask_that_is_one_region_gives_one_box(shape):
+    boxes, confidences = parse_boxes(np.full(shape, 0.75), 0.5)
+    assert boxes.tolist() == [[0, 0, shape[1], shape[0]]] and confidences.tolist() == [0.75]
+
+
+# Boxes in original pixels
+
+
+RAW = Thresholds(box=0.5, gate=0.7, size_weight=1)
+
+
+def test_boxes_come_back_in_original_pixels():
+    mask = np.zeros((64, 64), np.float32)
+    mask[16:32, 8:24] = 0.8
+    mask[60:61, 60:61] = 0.9  # 16 x 16 original pixels: too small
+    boxes, confidences = find_boxes(mask, (2048, 1024), RAW)
+    assert boxes.tolist() == [[128, 512, 256, 512]] and confidences.tolist() == pytest.approx([0.8])
+
+
+@pytest.mark.parametrize("gate, count", [(0.75, 1), (0.5, 1), (0.76, 0), (1, 0)])
+def test_an_image_below_the_gate_has_no_boxes(gate, count):
+    mask = np.zeros((64, 64))
+    mask[16:32, 8:24] = 0.75
+    boxes, confidences = find_boxes(mask, (1024, 1024), RAW._replace(gate=gate))
+    assert boxes.shape == (count, 4) and confidences.shape == (count,)
+
+
+@pytest.mark.parametrize("side", [128, 256, 1024, 4000])
+def test_the_minimum_area_is_a_share_of_the_image(side):
+    mask = np.zeros((64, 64), np.float32)
+    mask[:4, :5] = 0.8  # 20 of 4,096: above 5,000 / 1,024**2
+    mask[60:, 60:63] = 0.8
+    mask[60:, 55:57] = 0.9  # 8 of 4,096
+    mask[32:37, 32:36] = 0.7
+    boxes, _ = find_boxes(mask, (side, side), RAW)
+    np.testing.assert_allclose(boxes * 64 / side, [[0, 0, 5, 4], [32, 32, 4, 5]])
+
+
+TYPICAL = 2000 * metrics.TYPICAL_SIDES[0], 1000 * metrics.TYPICAL_SIDES[1]
+
+
+def regress(box, weight=0.8):
+    [regressed] = metrics.regress_sides(np.array([box], float), (1000, 2000), weight)
+    return regressed
+
+
+def test_a_box_of_the_typical_sides_stays():
+    box = [500, 300, *TYPICAL]
+    np.testing.assert_allclose(regress(box), box)
+
+
+def test_sides_go_towards_the_typical_ones_about_their_middle():
+    x, y, width, height = regress([900, 100, TYPICAL[0] / 32, TYPICAL[1] * 3])
+    np.testing.assert_allclose(width, TYPICAL[0] / 16)  # 32 ** 0.8 = 16
+    np.testing.assert_allclose(x + width / 2, 900 + TYPICAL[0] / 64)
+    np.testing.assert_allclose(height, 3 ** 0.8 * TYPICAL[1])
+    np.testing.assert_allclose(y + height / 2, 100 + 1.5 * TYPICAL[1])
+
+
+def test_a_box_at_the_upper_left_edge_is_cut_off_there():
+    x, y, width, height = regress([0, 0, 20, 900])
+    assert x == 0 and width > 20 and y > 0 and height < 900
+
+
+def test_a_box_at_the_lower_right_edge_is_cut_off_there():
+    x, y, width, height = regress([1980, 990, 20, 10])
+    assert x < 1980 and x + width == 2000 and y < 990 and y + height == 1000
+
+
+def test_a_weight_of_1_leaves_the_sides():
+    for box in ([900, 100, 14, 894], [0, 0, 20, 900]):
+        np.testing.assert_allclose(regress(box, weight=1), box)
+
+
+def test_no_boxes_stay_no_boxes():
+    assert metrics.regress_sides(np.zeros((0, 4)), (1000, 2000), 0.8).shape == (0, 4)
+
+
+def test_a_mask_is_scored_at_every_box_threshold_without_a_gate():
+    mask = np.zeros((64, 64))
+    mask[16:32, 8:24] = 0.4
+    [box], _ = find_boxes(mask, (2048, 1024), Thresholds(box=0.3, gate=0))
+    assert metrics.score_mask(mask, (2048, 1024), [box], [0.3, 0.5]) == [1, 0]
+
+
+# Text
+
+
 def test_prediction_string_is_in_descending_confidence():
     text = prediction_string([[1, 2, 3, 4], [5, 6, 7, 8]], [0.25, 0.5])
     assert text == "0.5000 5.0 6.0 7.0 8.0 0.2500 1.0 2.0 3.0 4.0"
@@ -111,7 +210,14 @@ def test_roc_auc_counts_pairs_and_ties():
     scores, labels = rng.integers(0, 5, 60) / 4, rng.random(60) < 0.4
     pairs = [(a > b) + (a == b) / 2 for a in scores[labels] for b in scores[~labels]]
     assert metrics.roc_auc(scores, labels) == pytest.approx(np.mean(pairs))
-    assert math.isnan(metrics.roc_auc(scores, np.zeros(60)))
+
+
+@pytest.mark.parametrize("positive", [False, True])
+def test_roc_auc_of_one_class_alone_is_nan(positive):
+    assert math.isnan(metrics.roc_auc(np.linspace(0, 1, 60), np.full(60, positive)))
+
+
+# Scores of many images and the search
 
 
 GATES = metrics.GATE_THRESHOLDS.tolist()
@@ -124,7 +230,8 @@ def evaluation_of(scores, confidences, positive):
 
 @pytest.fixture
 def separable():
-    """20 positive images with confidence 0.7, best at box thresholds 28 to 32, and 20 false alarms with 0.42."""
+    """20 positive images with confidence 0.7, best at box thresholds 28 to 32, and 20 false alarms
+    with 0.42."""
     positive = np.array([True] * 20 + [False] * 20)
     scores = np.zeros((40, 59))
     scores[:20, 28:33] = 0.6
@@ -145,8 +252,9 @@ def test_the_search_keeps_defaults_where_nothing_scores(separable):
 def test_the_search_keeps_defaults_where_a_better_pair_may_be_luck():
     rng, moved, kept = np.random.default_rng(5), 0, 0
     for _ in range(50):
-        steps = rng.normal(0, 0.05, (100, 59))  # an image's score changes gradually, and no threshold is better than others
-        scores = 0.5 + np.cumsum(steps, axis=1) - np.cumsum(steps, axis=1).mean(axis=1, keepdims=True)
+        # an image's score changes gradually, and no threshold is better than others
+        walk = np.cumsum(rng.normal(0, 0.05, (100, 59)), axis=1)
+        scores = 0.5 + walk - walk.mean(axis=1, keepdims=True)
         evaluation = evaluation_of(scores, np.full(100, 0.9), np.ones(100, bool))
         (row, _), table = metrics.search_thresholds(evaluation, [0.8], (29, 0))
         kept += row == 29
@@ -157,6 +265,32 @@ def test_the_search_keeps_defaults_where_a_better_pair_may_be_luck():
 def test_the_search_is_the_same_at_every_call(separable):
     first, second = (metrics.search_thresholds(separable, GATES, DEFAULT)[0] for _ in range(2))
     assert first == second
+
+
+def choose(separable, given):
+    """choose_thresholds where images score 0.6 at box thresholds from 28 / 60 to 32 / 60."""
+    def evaluate(box_thresholds):
+        good = np.abs(np.array(box_thresholds) - 0.5) < 0.05
+        scores = np.where(separable.positive[:, None] & good, 0.6, 0)
+        return separable._replace(scores=scores)
+    return metrics.choose_thresholds(evaluate, given)
+
+
+def test_thresholds_are_chosen_where_they_are_proved_better(separable):
+    box, gate, source, size_weight = choose(separable, Thresholds())
+    assert 0.45 < box < 0.55 and 0.42 < gate <= 0.7 and size_weight == Thresholds().size_weight
+    assert source == "searched on 40 images"
+
+
+def test_given_thresholds_that_none_beats_stay_to_the_last_digit(separable):
+    given = Thresholds(0.487654321, 0.612345678, "given by flags")
+    box, gate, source, _ = choose(separable, given)
+    assert (box, gate) == given[:2]
+    assert source == "given by flags; a search on 40 images proved nothing better"
+
+
+def test_thresholds_print_their_values_and_source():
+    assert str(Thresholds()) == "box threshold 0.50, gate threshold 0.80 (defaults)"
 
 
 def test_a_gate_takes_the_boxes_of_the_images_below_it(separable):
@@ -176,12 +310,14 @@ def test_the_standard_error_is_that_of_a_mean():
 def test_auc_within_views_does_not_reward_knowing_the_view():
     positive = np.array([True] * 38 + [False] * 62 + [True] * 9 + [False] * 91)
     views = np.array(["AP"] * 100 + ["PA"] * 100)
-    by_view_alone = metrics.Evaluation(0.0, np.where(views == "AP", 0.9, 0.1), positive, views, np.zeros((200, 1)))
+    confidences = np.where(views == "AP", 0.9, 0.1)
+    by_view_alone = metrics.Evaluation(0.0, confidences, positive, views, np.zeros((200, 1)))
     figures = metrics.summarize(by_view_alone, gate=0)
     assert figures["auc"] > 0.7 and figures["auc_AP"] == figures["auc_PA"] == 0.5
 
 
 def test_score_lines_end_in_the_lines_of_the_tutorial(separable):
     lines = metrics.score_lines(metrics.summarize(separable, 0.5, 30), 40)
-    assert lines == ["Image ROC AUC: 1.0000", "Standard error of the RSNA mAP: 0.0000 (bootstrap over 40 images)",
+    assert lines == ["Image ROC AUC: 1.0000",
+                     "Standard error of the RSNA mAP: 0.0000 (bootstrap over 40 images)",
                      "RSNA Mean Average Precision: 0.6000", "Total Average Precision: 0.3000"]

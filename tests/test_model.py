@@ -6,25 +6,31 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from job import InputError
-from model import PneumoniaUNET, load_checkpoint, save_checkpoint
+from cli import InputError
+from model import PneumoniaUNET, choose_runtime, load_checkpoint, save_checkpoint
 
-LEVELS = {  # name: channels in, in the middle, out; read off a checkpoint of the earlier implementation
-    "down_1": (1, 64, 64), "down_2": (64, 128, 128), "down_3": (128, 256, 256), "down_4": (256, 512, 512),
-    "down_5": (512, 512, 512), "middle": (512, 512, 512), "up_5": (768, 512, 512), "up_4": (768, 512, 512),
-    "up_3": (384, 256, 256), "up_2": (192, 128, 128), "up_1": (96, 64, 1)}
-TRANSPOSED = {"middle_t": (512, 256), "up_5_t": (512, 256), "up_4_t": (512, 128), "up_3_t": (256, 64),
-              "up_2_t": (128, 32)}
+# name: channels in, in the middle, out; read off a checkpoint of the earlier implementation
+LEVELS = {
+    "down_1": (1, 64, 64), "down_2": (64, 128, 128), "down_3": (128, 256, 256),
+    "down_4": (256, 512, 512), "down_5": (512, 512, 512), "middle": (512, 512, 512),
+    "up_5": (768, 512, 512), "up_4": (768, 512, 512), "up_3": (384, 256, 256),
+    "up_2": (192, 128, 128), "up_1": (96, 64, 1)}
+TRANSPOSED = {"middle_t": (512, 256), "up_5_t": (512, 256), "up_4_t": (512, 128),
+              "up_3_t": (256, 64), "up_2_t": (128, 32)}
+STATISTICS = ("running_mean", "running_var", "weight", "bias")
 
 
 def earlier_weights(seed=0):
-    """A state_dict with the names and shapes of the earlier implementation, and plausible values."""
+    """A state_dict with the names and shapes of the earlier implementation, and plausible
+    values."""
     generator, weights = torch.Generator().manual_seed(seed), {}
 
     def add(name, convolution, shape, out):
-        weights[f"{name}.{convolution}.weight"] = torch.randn(shape, generator=generator) * (2 / (9 * shape[1])) ** 0.5
+        scale = (2 / (9 * shape[1])) ** 0.5
+        weights[f"{name}.{convolution}.weight"] = torch.randn(shape, generator=generator) * scale
         weights[f"{name}.{convolution}.bias"] = torch.randn(out, generator=generator) * 0.1
-        for key, low in (("weight", 0.5), ("bias", -0.2), ("running_mean", -0.2), ("running_var", 0.5)):
+        lowest = {"weight": 0.5, "bias": -0.2, "running_mean": -0.2, "running_var": 0.5}
+        for key, low in lowest.items():
             weights[f"{name}.bn.{key}"] = low + torch.rand(out, generator=generator)
         weights[f"{name}.bn.num_batches_tracked"] = torch.tensor(7)
     for name, (first, middle, out) in LEVELS.items():
@@ -38,17 +44,18 @@ def earlier_weights(seed=0):
 def earlier_forward(weights, x):
     """The earlier network written out with functions alone, from the description of its levels."""
     def finish(name, x):
-        statistics = [weights[f"{name}.bn.{key}"] for key in ("running_mean", "running_var", "weight", "bias")]
+        statistics = [weights[f"{name}.bn.{key}"] for key in STATISTICS]
         return F.leaky_relu(F.batch_norm(x, *statistics, eps=1e-5), 0.03)
 
     def level(name, x):
         for block in (f"{name}.0", f"{name}.1"):
-            x = finish(block, F.conv2d(x, weights[f"{block}.conv.weight"], weights[f"{block}.conv.bias"], padding=1))
+            weight, bias = weights[f"{block}.conv.weight"], weights[f"{block}.conv.bias"]
+            x = finish(block, F.conv2d(x, weight, bias, padding=1))
         return x
 
     def up(name, x, skip):
-        wide = F.conv_transpose2d(x, weights[f"{name}.conv_t.weight"], weights[f"{name}.conv_t.bias"], stride=2,
-                                  padding=1, output_padding=1)
+        weight, bias = weights[f"{name}.conv_t.weight"], weights[f"{name}.conv_t.bias"]
+        wide = F.conv_transpose2d(x, weight, bias, stride=2, padding=1, output_padding=1)
         return torch.cat([skip, finish(name, wide)], dim=1)
     skips = []
     for depth in range(1, 6):
@@ -63,11 +70,13 @@ def earlier_forward(weights, x):
 
 def test_earlier_checkpoint_gives_the_same_mask(tmp_path):
     weights = earlier_weights()
-    torch.save({"state_dict": weights, "best_threshold": np.float64(0.12)}, tmp_path / "final.pth.tar")
-    model, checkpoint = load_checkpoint(tmp_path / "final.pth.tar")
+    path = tmp_path / "final.pth.tar"
+    torch.save({"state_dict": weights, "best_threshold": np.float64(0.12)}, path)
+    model, checkpoint = load_checkpoint(path)
     images = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         ours, theirs = model(images), earlier_forward(weights, images)
+    assert model.config["legacy"]
     assert ours.shape == (2, 1, 64, 64) and theirs.std() > 0.01
     torch.testing.assert_close(ours.sigmoid(), theirs.sigmoid(), atol=1e-4, rtol=0)
     assert float(checkpoint["best_threshold"]) == 0.12
@@ -76,7 +85,7 @@ def test_earlier_checkpoint_gives_the_same_mask(tmp_path):
 def test_names_and_shapes_are_the_earlier_ones_but_for_the_last_block():
     ours = {name: tuple(value.shape) for name, value in PneumoniaUNET().state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in earlier_weights().items()}
-    assert ours == {name: shape for name, shape in theirs.items() if not name.startswith("up_1.1.bn")}
+    assert ours == {name: theirs[name] for name in theirs if not name.startswith("up_1.1.bn")}
 
 
 def test_checkpoint_rebuilds_the_model_without_any_flag(tmp_path):
@@ -102,8 +111,39 @@ def test_a_network_of_a_checkpoint_before_patches_works_on_pixels(tmp_path):
     assert again.patch_size == 1
 
 
+@pytest.mark.parametrize("name", ["legacy", "earlier"])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_the_name_of_legacy_in_our_first_files_is_still_read(tmp_path, name, legacy):
+    torch.manual_seed(0)
+    model = PneumoniaUNET(alpha_leaky=0.2, legacy=legacy).eval()
+    expected = dict(model.config)
+    model.config[name] = model.config.pop("legacy")
+    save_checkpoint(tmp_path / "a.pth.tar", model)
+    again, _ = load_checkpoint(tmp_path / "a.pth.tar")
+    images = torch.rand(1, 1, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(again(images), model(images))
+    assert again.config == expected and hasattr(again.up_1[1].bn, "weight") == legacy
+
+
+@pytest.mark.parametrize("rescale_factor, patch_size", [(1, 16), (2, 8), (4, 4), (8, 2), (16, 1)])
+def test_every_network_sees_at_most_64_patches_a_side(rescale_factor, patch_size):
+    assert PneumoniaUNET.for_images(rescale_factor).patch_size == patch_size
+
+
+@pytest.mark.parametrize("patch_size, smallest", [(1, 32), (4, 8), (16, 2)])
+def test_images_of_too_few_patches_are_refused(patch_size, smallest):
+    model = PneumoniaUNET(patch_size=patch_size)
+    model.check_side(smallest)
+    factor, side = 2 * smallest, 1024 // (2 * smallest)
+    message = f"--rescale-factor {factor} makes images of {side} pixels .*give {smallest} or less"
+    with pytest.raises(InputError, match=message):
+        model.check_side(factor)
+
+
 def test_the_squares_of_an_image_are_where_the_logits_are():
-    """An averaging first convolution makes it the network of the averaged image, its logits interpolated."""
+    """An averaging first convolution makes it the network of the averaged image, its logits
+    interpolated."""
     torch.manual_seed(0)
     plain, patched = PneumoniaUNET().eval(), PneumoniaUNET(patch_size=4).eval()
     weights = plain.state_dict()
@@ -133,17 +173,24 @@ def saved(value):
     return file.getvalue()
 
 
+def with_another_shape():
+    return {**PneumoniaUNET().state_dict(), "middle_t.bn.bias": torch.zeros(4)}
+
+
+UNSAFE = "is not a checkpoint that can be loaded safely"
+OTHER = "does not hold the weights of this network"
+
+
 @pytest.mark.parametrize("content, message", [
-    (lambda: pickle.dumps(Hostile()), "no checkpoint that can be loaded safely"),
-    (lambda: saved({"state_dict": {}, "x": Hostile()}), "no checkpoint that can be loaded safely"),
-    (lambda: saved({"state_dict": PneumoniaUNET().state_dict()})[:100_000], "no checkpoint that can be loaded safely"),
-    (lambda: b"", "no checkpoint that can be loaded safely"),
+    (lambda: pickle.dumps(Hostile()), UNSAFE),
+    (lambda: saved({"state_dict": {}, "x": Hostile()}), UNSAFE),
+    (lambda: saved({"state_dict": PneumoniaUNET().state_dict()})[:100_000], UNSAFE),
+    (lambda: b"", UNSAFE),
     (lambda: saved(torch.zeros(3)), "has no state_dict"),
     (lambda: saved({"model": {}}), "has no state_dict"),
-    (lambda: saved({"state_dict": torch.nn.Linear(2, 2).state_dict()}), "not hold the weights of this network"),
-    (lambda: saved({"state_dict": {**PneumoniaUNET().state_dict(), "middle_t.bn.bias": torch.zeros(4)}}),
-     "not hold the weights of this network"),
-    (lambda: saved({"state_dict": {}, "config": {"layers": 9}}), "not hold the weights of this network"),
+    (lambda: saved({"state_dict": torch.nn.Linear(2, 2).state_dict()}), OTHER),
+    (lambda: saved({"state_dict": with_another_shape()}), OTHER),
+    (lambda: saved({"state_dict": {}, "config": {"layers": 9}}), OTHER),
 ])
 def test_bad_checkpoints_are_refused_in_one_line(tmp_path, content, message):
     path = tmp_path / "bad.pth.tar"
@@ -160,3 +207,40 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
     with pytest.raises((pickle.PicklingError, AttributeError)):
         save_checkpoint(path, PneumoniaUNET(), broken=lambda: None)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+# How it runs
+
+
+def test_images_are_scaled_to_0_to_1():
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 1, 1, 3)
+    loaded = choose_runtime("cpu", "fp32").load(images)
+    assert loaded.dtype == torch.float32
+    torch.testing.assert_close(loaded.flatten(), torch.tensor([0, 0.2, 1]))
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 0.02)])
+def test_masks_are_probabilities_of_every_image_in_every_precision(precision, tolerance):
+    torch.manual_seed(0)
+    model, runtime = PneumoniaUNET(patch_size=2).eval(), choose_runtime("cpu", precision)
+    images = torch.randint(256, (3, 1, 64, 64), dtype=torch.uint8)
+    masks = runtime.predict_masks(model, images)
+    with torch.no_grad():
+        expected = model(images.float() / 255).sigmoid()[:, 0].numpy()
+    assert masks.dtype == np.float32
+    np.testing.assert_allclose(masks, expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("device, precision, message", [
+    ("cpu", "fp16", "fp16 needs a GPU"), ("cuda", "auto", "--device cuda: there is none here")])
+def test_a_runtime_that_is_not_there_is_refused(monkeypatch, device, precision, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=message):
+        choose_runtime(device, precision)
+
+
+def test_auto_takes_the_cpu_where_nothing_else_is_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    runtime = choose_runtime("auto", "auto")
+    assert runtime.device.type == "cpu" and runtime.dtype in (torch.float32, torch.bfloat16)

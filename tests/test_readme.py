@@ -1,59 +1,36 @@
-"""Keeps README.md true. `python tests/test_readme.py` prints its table of flags."""
+"""Keeps README.md and the lists of requirements true."""
 
+import ast
+import importlib
+import json
 import re
 import shlex
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from trainml.cli import cli
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 README = (ROOT / "README.md").read_text("utf-8")
-COMMANDS = [line for block in re.findall(r"^```\w*\n(.*?)^```", README, re.S | re.M) for line in block.splitlines()]
-
-
-def flag_table():
-    import predict
-    import train
-    actions = {}
-    for script, parser in (("train", train.make_parser()), ("predict", predict.make_parser())):
-        for action in parser._actions[1:]:
-            names = ", ".join(f"`{name}`" for name in action.option_strings if not name.startswith("--no-"))
-            actions.setdefault(names, {})[script] = action
-    rows = ["| flag | train.py | predict.py | meaning |", "|---|---|---|---|"]
-    for names, found in actions.items():
-        cells = [_default(found[script]) if script in found else "" for script in ("train", "predict")]
-        meaning = re.sub(r" \(default: .*\)$", "", next(iter(found.values())).help)  # Python 3.10 adds some of its own
-        rows.append(f"| {names} | {' | '.join(cells)} | {meaning} |")
-    return "\n".join(rows)
-
-
-def _default(action):
-    if action.dest == "workers":
-        return "all cores"
-    if action.dest in ("data", "labels", "save", "model", "output"):
-        return "see above"
-    return {None: "-", True: "on", False: "off"}.get(action.default, f"{action.default}")
-
-
-def test_flag_table_is_that_of_the_parsers():
-    assert flag_table() in README
+BLOCKS = re.findall(r"^```\w*\n(.*?)^```", README, re.S | re.M)
+COMMANDS = [line for block in BLOCKS
+            for line in re.sub(r"\\\n\s*", "", block).splitlines()]  # a backslash joins two
+SCRIPTS, NOTEBOOKS = sorted(ROOT.glob("*.py")), sorted(ROOT.glob("*.ipynb"))
+WITH_FLAGS = [path.name for path in SCRIPTS if "def make_parser" in path.read_text("utf-8")]
 
 
 def test_files_of_the_table_exist_and_no_script_is_missing():
     named = set(re.findall(r"^\| `([\w-]+\.(?:py|ipynb))` \|", README, re.M))
-    assert named == {path.name for pattern in ("*.py", "*.ipynb") for path in ROOT.glob(pattern)}
+    assert named == {path.name for path in [*SCRIPTS, *NOTEBOOKS]}
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py") if "make_parser" in path.read_text()))
+@pytest.mark.parametrize("script", WITH_FLAGS)
 def test_python_commands_parse(script):
-    module = __import__(script.removesuffix(".py"))
-    pattern = rf"(?<!\w)python {re.escape(script)}([^&;'`\n]*)"
-    commands = re.findall(pattern, README.replace("$optimizer", "adam").replace("$TRAINML_DATA_PATH", "data"))
+    parser = importlib.import_module(script.removesuffix(".py")).make_parser()
+    text = README.replace("$optimizer", "adam").replace("$TRAINML_DATA_PATH", "data")
+    commands = re.findall(rf"(?<!\w)python {re.escape(script)}([^&;'`\n]*)", text)
     for flags in commands:
-        module.make_parser().parse_args(shlex.split(flags))
+        parser.parse_args(shlex.split(flags))
     assert commands
 
 
@@ -61,34 +38,91 @@ def test_trainml_commands_parse_with_the_real_client(tmp_path):
     for name in ("new_images", "output"):
         (tmp_path / name).mkdir()
     commands = [line for line in COMMANDS if line.startswith("trainml job create")]
+    create = cli.commands["job"].commands["create"]
     for line in commands:
-        words = shlex.split(line.replace("~/rsna", str(tmp_path)))[3:]
-        create = cli.commands["job"].commands["create"]
-        create.commands[words[0]].make_context(words[0], words[1:])
+        kind, *words = shlex.split(line.replace("~/rsna", str(tmp_path)))[3:]
+        create.commands[kind].make_context(kind, words)
     assert len(commands) == 4
 
 
-def test_the_seven_commands_of_the_tutorial_stand_as_they_were():
-    for command in ("python train.py --optimizer adam", "python train.py --optimizer adamw",
-                    "python train.py --optimizer adamax", "python train.py --optimizer sgd",
-                    "python train.py --optimizer adagrad --lr 0.1",
-                    "python data_processing.py && python train.py --optimizer adamw --epochs 10 --train-threshold "
-                    "--no-save-images",
-                    "python data_processing.py --type prediction --images $TRAINML_DATA_PATH && python predict.py"):
-        assert command in COMMANDS
+@pytest.mark.parametrize("command", [
+    "python train.py --optimizer adam", "python train.py --optimizer adamw",
+    "python train.py --optimizer adamax", "python train.py --optimizer sgd",
+    "python train.py --optimizer adagrad --lr 0.1",
+    "python data_processing.py && python train.py --optimizer adamw --epochs 10 --train-threshold "
+    "--no-save-images",
+    "python data_processing.py --type prediction --images $TRAINML_DATA_PATH && python predict.py",
+])
+def test_the_seven_commands_of_the_tutorial_stand_as_they_were(command):
+    assert command in COMMANDS
 
 
-def test_requirements_are_what_the_scripts_import():
-    names = {"pillow": "PIL", "python-gdcm": None, "tensorboard": "torch.utils.tensorboard"}
-    required = {re.split("[>=]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()}
-    code = "\n".join(path.read_text("utf-8") for pattern in ("*.py", "*.ipynb") for path in ROOT.glob(pattern))
-    for package in required:
-        module = names.get(package, package)
-        assert module is None or re.search(rf"(from|import) {re.escape(module)}\b", code), package
-    imported = set(re.findall(r"^(?:from|import) (\w+)", "\n".join(p.read_text() for p in ROOT.glob("*.py")), re.M))
-    own = {path.stem for path in ROOT.glob("*.py")}
-    assert imported - own - sys.stdlib_module_names <= {names.get(package, package) for package in required}
+# Requirements
 
 
-if __name__ == "__main__":
-    print(flag_table())
+# names to import where they differ; GDCM is found by pydicom, TensorBoard by PyTorch
+MODULES = {"pillow": "PIL", "scikit-image": "skimage", "scikit-learn": "sklearn"}
+FOUND_BY_OTHERS = {"python-gdcm": "pydicom", "tensorboard": "torch.utils.tensorboard"}
+LISTS = [path.name for path in sorted(ROOT.glob("requirements*.txt"))]
+
+
+def packages(name):
+    """Packages of a list in the repository, none if there is no such list."""
+    path = ROOT / name
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    return [re.split(r"[^\w.-]", line)[0] for line in lines if re.match(r"\w", line)]
+
+
+def modules(names):
+    return {MODULES.get(package, package.replace("-", "_")) for package in names}
+
+
+def imports(nodes):
+    """Full names of the modules that syntax nodes import."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def trees():
+    """Syntax trees of scripts and notebooks, by file name."""
+    found = {path.name: ast.parse(path.read_text("utf-8")) for path in SCRIPTS}
+    for path in NOTEBOOKS:
+        cells = json.loads(path.read_text("utf-8"))["cells"]
+        cells = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        found[path.name] = ast.parse("\n".join(cells))
+    return found
+
+
+def foreign(names):
+    """Top-level modules that are neither ours nor Python's."""
+    own = {path.stem for path in SCRIPTS}
+    return {name.partition(".")[0] for name in names} - own - sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_every_package_of_a_list_is_imported(name):
+    imported = {module for tree in trees().values() for module in imports(ast.walk(tree))}
+    roots = imported | {module.partition(".")[0] for module in imported}
+    for package in packages(name):
+        [module] = modules([package]) if package not in FOUND_BY_OTHERS else [
+            FOUND_BY_OTHERS[package]]
+        assert module in roots, package
+
+
+def test_what_is_imported_at_the_start_is_required():
+    started = {module for tree in trees().values() for module in imports(tree.body)}
+    assert foreign(started) <= modules(packages("requirements.txt"))
+
+
+def test_what_is_imported_on_use_is_required_or_an_extra():
+    used = {module for tree in trees().values() for module in imports(ast.walk(tree))}
+    listed = [package for name in LISTS for package in packages(name)]
+    assert foreign(used) <= modules(listed)
+
+
+def test_no_package_stands_in_two_lists():
+    listed = [package for name in LISTS for package in packages(name)]
+    assert len(listed) == len(set(listed))

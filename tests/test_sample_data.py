@@ -1,4 +1,5 @@
-"""The synthetic data set: layout, headers, boxes, repeatability, and that it spares what it did not make."""
+"""The synthetic data set: layout, headers, boxes, repeatability, and that it spares what it did
+not make."""
 
 import _multiprocessing
 import uuid
@@ -11,13 +12,14 @@ from pydicom import config, dcmread
 from pydicom.encaps import get_frame
 
 import sample_data
-from job import InputError
+from cli import InputError
 
 TRAIN, TEST = 10, 2
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {path.relative_to(folder): path.read_bytes()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +66,18 @@ def test_table_cells_are_written_as_in_the_challenge(folder):
 
 def test_boxes_lie_in_the_image(labels):
     boxes = labels[labels["Target"] == 1]
-    assert (boxes[["x", "y"]] >= 0).all(axis=None) and (boxes[["width", "height"]] > 0).all(axis=None)
-    assert (boxes["x"] + boxes["width"]).max() <= 1024 and (boxes["y"] + boxes["height"]).max() <= 1024
+    assert (boxes[["x", "y"]] >= 0).all(axis=None)
+    assert (boxes[["width", "height"]] > 0).all(axis=None)
+    assert (boxes["x"] + boxes["width"]).max() <= 1024
+    assert (boxes["y"] + boxes["height"]).max() <= 1024
 
 
 def test_header_is_the_challenges(datasets):
     for dataset in datasets:
         assert dataset.file_meta.TransferSyntaxUID == "1.2.840.10008.1.2.4.50"
         assert dataset.SOPClassUID.name == "Secondary Capture Image Storage"
-        assert (dataset.Modality, dataset.ConversionType, dataset.BodyPartExamined) == ("CR", "WSD", "CHEST")
+        assert (dataset.Modality, dataset.ConversionType) == ("CR", "WSD")
+        assert dataset.BodyPartExamined == "CHEST"
         assert (dataset.Rows, dataset.Columns, dataset.BitsStored) == (1024, 1024, 8)
         assert dataset.PhotometricInterpretation == "MONOCHROME2"
         assert dataset.PatientSex in ("M", "F") and dataset.ViewPosition in ("AP", "PA")
@@ -83,7 +88,8 @@ def test_header_is_the_challenges(datasets):
 def test_pixels_are_a_jpeg_stream_without_jfif(datasets):
     for dataset in datasets:
         stream = get_frame(dataset.PixelData, 0, number_of_frames=1)
-        assert stream[:2] == b"\xff\xd8" and stream[2:4] != b"\xff\xe0" and b"JFIF" not in stream[:64]
+        assert stream[:2] == b"\xff\xd8" and stream[2:4] != b"\xff\xe0"
+        assert b"JFIF" not in stream[:64]
         pixels = dataset.pixel_array
         assert pixels.shape == (1024, 1024) and pixels.dtype == np.uint8 and pixels.std() > 20
 
@@ -109,7 +115,8 @@ def test_box_sizes_follow_the_challenge():
     sizes = np.array([sample_data.draw_box_size(rng) for _ in range(4000)])
     assert np.percentile(sizes, [5, 50, 95], axis=0) == pytest.approx(
         np.array([[124, 121], [217, 298], [317, 623]]), rel=0.07)
-    assert np.percentile(sizes.prod(axis=1), [5, 50, 95]) == pytest.approx([17153, 64829, 180948], rel=0.12)
+    areas = sizes.prod(axis=1)
+    assert np.percentile(areas, [5, 50, 95]) == pytest.approx([17153, 64829, 180948], rel=0.12)
 
 
 def test_a_box_holds_its_opacity_and_two_have_a_lung_each():
@@ -121,7 +128,8 @@ def test_a_box_holds_its_opacity_and_two_have_a_lung_each():
         for patch, box in opacities:
             x, y, width, height = (int(value) // sample_data.CELL for value in box)
             visible = patch > 0.35
-            assert visible[y : y + height, x : x + width].sum() == visible.sum() > 0.4 * width * height
+            inside = visible[y:y + height, x:x + width].sum()
+            assert inside == visible.sum() > 0.4 * width * height
         if len(opacities) == 2:
             (left, _, width, _), (right, *_) = sorted(box for _, box in opacities)
             assert left + width <= right + 40
@@ -137,20 +145,27 @@ def test_refuses_data_of_others(tmp_path, name):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_refuses_what_others_put_over_its_own(tmp_path):
-    arguments = ["--train", "2", "--test", "0", "--output", str(tmp_path)]
-    sample_data.main(arguments)
-    foreign = tmp_path / "stage_2_train_images" / "00436515-870c-4b36-a041-de91049b9ab4.dcm"
-    foreign.write_bytes(b"a radiograph")
+FOREIGN = "00436515-870c-4b36-a041-de91049b9ab4"
+TWO = ["--train", "2", "--test", "1", "--output"]
+
+
+def test_refuses_an_image_that_others_put_beside_its_own(tmp_path):
+    sample_data.main([*TWO, str(tmp_path)])
+    (tmp_path / "stage_2_train_images" / f"{FOREIGN}.dcm").write_bytes(b"a radiograph")
     before = contents(tmp_path)
     with pytest.raises(InputError, match="stage_2_train_images"):
-        sample_data.main(arguments)
+        sample_data.main([*TWO, str(tmp_path)])
     assert contents(tmp_path) == before
-    foreign.unlink()
+
+
+def test_refuses_a_row_that_others_put_into_its_table(tmp_path):
+    sample_data.main([*TWO, str(tmp_path)])
     labels = tmp_path / "stage_2_train_labels.csv"
-    labels.write_text(labels.read_text() + "00436515-870c-4b36-a041-de91049b9ab4,,,,,0\n")
+    labels.write_text(labels.read_text() + f"{FOREIGN},,,,,0\n")
+    before = contents(tmp_path)
     with pytest.raises(InputError, match="stage_2_train_labels.csv"):
-        sample_data.main(arguments)
+        sample_data.main([*TWO, str(tmp_path)])
+    assert contents(tmp_path) == before
 
 
 def test_refuses_a_link_to_other_data(tmp_path):
@@ -162,17 +177,25 @@ def test_refuses_a_link_to_other_data(tmp_path):
         sample_data.main(["--output", str(output)])
 
 
-def test_replaces_its_own(tmp_path, capsys):
-    arguments = ["--train", "2", "--test", "1", "--output", str(tmp_path)]
-    sample_data.main(arguments)
-    first = contents(tmp_path)
+def test_says_what_it_made_and_what_comes_next(tmp_path, capsys):
+    sample_data.main([*TWO, str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "2 training images (2 positive" in out
+    assert out.endswith(f"data_processing.py, with TRAINML_DATA_PATH={tmp_path}\n")
+
+
+def test_replaces_its_own_and_leaves_the_rest(tmp_path):
+    sample_data.main([*TWO, str(tmp_path)])
     (tmp_path / "notes.txt").write_text("mine")
     sample_data.main(["--train", "1", "--test", "0", "--seed", "7", "--output", str(tmp_path)])
     assert len(list(tmp_path.glob("*/*.dcm"))) == 1 and (tmp_path / "notes.txt").exists()
-    sample_data.main(arguments)
-    (tmp_path / "notes.txt").unlink()
+
+
+def test_the_same_flags_make_the_same_data_again(tmp_path):
+    sample_data.main([*TWO, str(tmp_path)])
+    first = contents(tmp_path)
+    sample_data.main([*TWO, str(tmp_path)])
     assert contents(tmp_path) == first
-    assert "2 training images (2 positive" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["--train", "0"], ["--test", "-1"], ["--seed", "-1"]])

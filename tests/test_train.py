@@ -1,105 +1,186 @@
+import contextlib
 import hashlib
+import io
 import json
 import math
-import platform
-import resource
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL, assert_same_weights
 
-import dicom
+import readers
 import train
-from job import InputError
-from metrics import Thresholds
-from model import PneumoniaUNET, load_checkpoint, save_checkpoint
-from predict import predict_masks
+from cli import InputError
+from metrics import Thresholds, average_precision_image, choose_thresholds, find_boxes, summarize
+from model import PneumoniaUNET, choose_runtime, load_checkpoint, save_checkpoint
+from predict import overlays
 
-SMALL = ["--rescale-factor", "16", "--batch-size", "8", "--device", "cpu", "--precision", "fp32"]
+CPU = choose_runtime("cpu", "fp32")
 
 
-@pytest.fixture
-def start(phantoms, train_csv, tmp_path):
-    """start(*flags) runs train.py on the phantoms, saving to tmp_path or to a given --save."""
-    def start(*flags, save=tmp_path / "out"):
-        train.main(["--data", str(phantoms / "stage_2_train_images"), "--labels", str(train_csv), "--save", str(save),
-                    *SMALL, *flags])
-        return json.loads((save / "metrics.json").read_text())
+# Whole runs
+
+
+@pytest.fixture(scope="module")
+def start(phantoms, train_csv):
+    """start(save, *flags) runs train.py on the phantoms; returns metrics.json and the lines
+    printed, or only those if the run was interrupted."""
+    def start(save, *flags):
+        flags = ["--data", phantoms / "stage_2_train_images", "--labels", train_csv,
+                 "--save", save, *SMALL, *flags]
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            try:
+                train.main([str(flag) for flag in flags])
+            except KeyboardInterrupt:
+                return None, out.getvalue().splitlines()
+        return json.loads((save / "metrics.json").read_text()), out.getvalue().splitlines()
     return start
 
 
-def weights(path):
-    return load_checkpoint(path)[0].state_dict()
+@pytest.fixture(scope="module")
+def finished(start, tmp_path_factory):
+    """Folder, metrics and lines of a run of two epochs with a search."""
+    save = tmp_path_factory.mktemp("run") / "a"
+    return save, *start(save, "--train-threshold", "--epochs", "2")
 
 
-def assert_same_weights(first, second):
-    for (name, one), two in zip(weights(first).items(), weights(second).values()):
-        assert torch.equal(one, two), name
+@pytest.fixture
+def scratch(finished, tmp_path):
+    """tmp_path/a, with a copy of what the finished run would be continued from."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "last.pth.tar").symlink_to(finished[0] / "last.pth.tar")
+    return tmp_path / "a"
 
 
-def without_times(metrics):
-    return {key: value for key, value in metrics.items() if key not in ("seconds", "arguments")}
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
-def test_a_run_writes_its_files_repeats_and_continues(start, tmp_path, capsys, monkeypatch):
-    first = start("--train-threshold", "--epochs", "2", save=tmp_path / "a")
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-5].startswith("box threshold ") and first["threshold_source"] in lines[-5]
-    assert f"{first['rsna_standard_error']:.4f} (bootstrap over 4 images)" in lines[-3]
-    assert lines[-2] == f"RSNA Mean Average Precision: {first['rsna_mean_average_precision']:.4f}"
-    assert lines[-1] == f"Total Average Precision: {first['total_average_precision']:.4f}"
-    names = {path.name for path in (tmp_path / "a").iterdir()}
-    assert names == {"last.pth.tar", "loss.best.pth.tar", "prec.best.pth.tar", "final.pth.tar", "images", "logs",
-                     "metrics.json", "split.csv"}
-    assert len(list((tmp_path / "a" / "images").glob("*.png"))) == first["validation_images"] == 4
-    _, final = load_checkpoint(tmp_path / "a" / "final.pth.tar")
-    assert final["best_threshold"] == first["best_threshold"] and final["rescale_factor"] == 16
-    assert_same_weights(tmp_path / "a" / "final.pth.tar", tmp_path / "a" / "last.pth.tar")
+def test_a_run_ends_in_its_thresholds_and_the_lines_of_the_tutorial(finished):
+    _, figures, lines = finished
+    assert lines[-5].startswith("box threshold ") and figures["threshold_source"] in lines[-5]
+    assert lines[-4].startswith(f"Image ROC AUC: {figures['image_roc_auc']:.4f}")
+    assert f"{figures['rsna_standard_error']:.4f} (bootstrap over 4 images)" in lines[-3]
+    assert lines[-2:] == [
+        f"RSNA Mean Average Precision: {figures['rsna_mean_average_precision']:.4f}",
+        f"Total Average Precision: {figures['total_average_precision']:.4f}"]
 
-    def interrupt(training, history, args, save_epoch=train.save_epoch):
-        save_epoch(training, history, args)
+
+def test_a_run_writes_its_files_and_no_other(finished):
+    save, *_ = finished
+    assert {path.name for path in save.iterdir()} == {
+        "last.pth.tar", "loss.best.pth.tar", "prec.best.pth.tar", "final.pth.tar", "images",
+        "logs", "metrics.json", "split.csv"}
+
+
+def test_every_validation_image_is_drawn(finished):
+    save, figures, _ = finished
+    split = [line.split(",") for line in (save / "split.csv").read_text().splitlines()[1:]]
+    validation = {key for key, part in split if part == "validation"}
+    assert len(validation) == figures["validation_images"] == figures["scored_images"] == 4
+    assert {path.stem for path in (save / "images").iterdir()} == validation
+
+
+def test_the_final_file_holds_the_last_weights_and_the_thresholds(finished):
+    save, figures, _ = finished
+    _, final = load_checkpoint(save / "final.pth.tar")
+    for name in ("best_threshold", "gate_threshold", "threshold_source", "size_weight",
+                 "rsna_mean_average_precision", "history"):
+        assert final[name] == figures[name], name
+    assert final["rescale_factor"] == 16
+    assert_same_weights(save / "final.pth.tar", save / "last.pth.tar")
+
+
+def test_a_stopped_run_goes_on_to_the_same_end(finished, start, tmp_path, monkeypatch):
+    save, figures, _ = finished
+
+    def save_and_stop(training, save, common, save_epoch=train.save_epoch):
+        save_epoch(training, save, common)
         raise KeyboardInterrupt
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "save_epoch", interrupt)
-        start("--train-threshold", "--epochs", "2", save=tmp_path / "b")
-    assert f"--checkpoint {tmp_path / 'b' / 'last.pth.tar'}" in capsys.readouterr().out
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "train_one_epoch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        start(save=tmp_path / "a")  # last.pth.tar there is an older run's
-    assert "continue with" not in capsys.readouterr().out
-    second = start("--checkpoint", str(tmp_path / "b" / "last.pth.tar"), save=tmp_path / "b")
-    assert_same_weights(tmp_path / "a" / "last.pth.tar", tmp_path / "b" / "last.pth.tar")
-    assert without_times(second) == without_times(first) and len(second["history"]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_epoch", save_and_stop)
+        _, lines = start(tmp_path / "b", "--train-threshold", "--epochs", "2")
+    last = tmp_path / "b" / "last.pth.tar"
+    assert lines[-1] == f"continue with: python train.py --checkpoint {last} --save {last.parent}"
+    again, _ = start(last.parent, "--checkpoint", last)
+    assert_same_weights(save / "last.pth.tar", last)
+    varying = ("seconds", "arguments")
+    assert {key: value for key, value in again.items() if key not in varying} == {
+        key: value for key, value in figures.items() if key not in varying}
+
+
+def test_a_run_stopped_before_its_first_epoch_does_not_offer_the_file_of_another(
+        scratch, start, monkeypatch):
+    monkeypatch.setattr(train, "train_one_epoch", interrupt)
+    figures, lines = start(scratch)
+    assert figures is None and lines and not any("continue with" in line for line in lines)
+
+
+def test_a_run_that_goes_on_elsewhere_takes_its_best_files_along(
+        finished, start, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train_one_epoch", interrupt)
+    save, *_ = finished
+    start(tmp_path / "b", "--checkpoint", save / "last.pth.tar", "--epochs", "3")
+    for name in ("loss.best.pth.tar", "prec.best.pth.tar"):
+        assert (tmp_path / "b" / name).read_bytes() == (save / name).read_bytes()
+
+
+def test_a_fold_is_trained_without_and_scored_alone(start, tmp_path):
+    figures, _ = start(tmp_path, "--folds", "3", "--fold", "1", "--epochs", "1",
+                       "--optimizer", "sgd")
+    split = dict(line.split(",") for line in (tmp_path / "split.csv").read_text().split()[1:])
+    parts = {name: {key for key, part in split.items() if part == name}
+             for name in ("training", "validation", "test")}
+    expected = {key for key in split if int(hashlib.md5(key.encode()).hexdigest(), 16) % 3 == 1}
+    assert parts["test"] == expected and sum(map(len, parts.values())) == 40
+    assert len(parts["validation"]) == round(0.1 * (40 - len(expected)))
+    assert figures["scored_images"] == len(expected)
+    assert {path.stem for path in (tmp_path / "images").iterdir()} == expected
+
+
+def test_learning_rate_in_log_and_metrics_is_the_value_used(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "fit", lambda setup, *_: None)
+    figures, lines = start(tmp_path, "--optimizer", "sgd")
+    assert figures["arguments"]["learning_rate"] == 0.05 and "learning_rate=0.05" in lines[0]
 
 
 def test_an_internal_error_leaves_out_its_image_and_ends_with_status_1(
         phantoms, train_csv, tmp_path, monkeypatch, capfd):
     broken = min((phantoms / "stage_2_train_images").iterdir())
 
-    def read(path, rescale_factor, load=dicom.load_and_prepare_image):
+    def read(path, rescale_factor, load=readers.load_and_prepare_image):
         return load(path, rescale_factor if path != broken else None)  # a mistake of ours
-    monkeypatch.setattr(dicom, "load_and_prepare_image", read)
+    figures = dict.fromkeys(train.METRIC_NAMES, 0.5)
+    monkeypatch.setattr(readers, "load_and_prepare_image", read)
     monkeypatch.setattr(train, "fit", lambda *_: None)
-    monkeypatch.setattr(train, "finish", lambda *_: dict.fromkeys(
-        ("image_roc_auc", "rsna_mean_average_precision", "total_average_precision"), 0.5))
-    assert train.main(["--data", str(broken.parent), "--labels", str(train_csv), "--save", str(tmp_path),
-                       "--epochs", "1", *SMALL]) == 1
+    monkeypatch.setattr(train, "hand_over", lambda *_: (Thresholds(), figures))
+    assert train.main(["--data", str(broken.parent), "--labels", str(train_csv),
+                       "--save", str(tmp_path), *SMALL]) == 1
     output = capfd.readouterr()
-    assert output.err.count("Traceback") == 1 and f"{broken}: was not read because of an internal error" in output.out
+    assert output.err.count("Traceback") == 1
+    assert f"{broken}: was not read because of an internal error" in output.out
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["skipped_images"] == 1 and metrics["training_images"] + metrics["validation_images"] == 39
+    assert metrics["skipped_images"] == 1
+    assert metrics["training_images"] + metrics["validation_images"] == 39
 
 
-@pytest.mark.parametrize("flags", [["--optimizer", "adamw"], ["--optimizer", "adamax"], ["--optimizer", "sgd"],
-                                   ["--optimizer", "adagrad", "--lr", "0.1"]])
+# Optimizer and schedule
+
+
+@pytest.mark.parametrize("flags", [
+    ["--optimizer", "adam"], ["--optimizer", "adamw"], ["--optimizer", "adamax"],
+    ["--optimizer", "sgd"], ["--optimizer", "adagrad", "--lr", "0.1"]])
 def test_every_optimizer_steps_and_every_flag_of_it_acts(flags):
-    extra = ["--weight-decay", "0.1", *(["--momentum", "0.5"] if "sgd" in flags else ["--eps", "0.01"])]
-    args, *_ = train.parse_args(flags + extra)
+    extra = ["--momentum", "0.5"] if "sgd" in flags else ["--eps", "0.01"]
+    args, *_ = train.parse_args([*flags, "--weight-decay", "0.1", *extra])
     model = torch.nn.Linear(2, 1)
     before = model.weight.clone()
     optimizer, scheduler = train.build_optimizer(model, args, total_steps=20)
     group = optimizer.param_groups[0]
-    assert group["weight_decay"] == 0.1 and group.get("momentum", 0.5) == 0.5 and group.get("eps", 0.01) == 0.01
+    assert group["weight_decay"] == 0.1
+    assert group["momentum"] == 0.5 if "sgd" in flags else group["eps"] == 0.01
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     assert not torch.equal(model.weight, before)
@@ -117,28 +198,14 @@ def test_learning_rate_warms_up_and_decays_to_the_given_share():
     assert rates[-1] == pytest.approx(0.1, rel=0.01)
 
 
-@pytest.mark.parametrize("rescale_factor, patch_size", [(1, 16), (2, 8), (4, 4), (8, 2), (16, 1)])
-def test_every_network_sees_at_most_64_squares_a_side(rescale_factor, patch_size):
-    args, *_ = train.parse_args(["--rescale-factor", str(rescale_factor)])
-    assert train.build_model(args).patch_size == patch_size
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
-def test_training_on_the_cpu_does_not_fetch_its_memory_anew_at_every_step():
-    args, *_ = train.parse_args(SMALL)
-    train.build_training(PneumoniaUNET(), args, 10, train.choose_runtime("cpu", "fp32"))
-    faults = []
-    for _ in range(8):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2**23, requires_grad=True).mul(2).sigmoid().relu().exp().sum().backward()  # 8,192 pages each
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    assert max(faults[-2:]) < 1000
+# Flags
 
 
 @pytest.mark.parametrize("argv, message", [
     (["--momentum", "0.9"], "--momentum acts on --optimizer sgd alone"),
     (["--optimizer", "sgd", "--eps", "0.1"], "--eps has no part"),
     (["--folds", "3"], "--folds and --fold go together"),
+    (["--fold", "0"], "--folds and --fold go together"),
     (["--folds", "3", "--fold", "3"], "--fold 3: with --folds 3 the last fold is 2"),
     (["--checkpoint", "nothing.tar"], "nothing.tar does not exist.*--checkpoint"),
 ])
@@ -147,50 +214,100 @@ def test_flags_that_cannot_act_are_refused(argv, message):
         train.parse_args(argv)
 
 
-@pytest.mark.parametrize("flags", [["--epochs", "0"], ["--lr", "-1"], ["--lr", "nan"], ["--bs", "x"], ["--bt", "2"],
-                                   ["--rf", "3"], ["--optimizer", "lion"]])
+@pytest.mark.parametrize("flags", [
+    ["--epochs", "0"], ["--lr", "-1"], ["--lr", "nan"], ["--bs", "x"], ["--bt", "2"],
+    ["--rf", "3"], ["--optimizer", "lion"]])
 def test_values_out_of_range_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         train.parse_args(flags)
     assert stop.value.code == 2 and flags[0][:3] in capsys.readouterr().err
 
 
-def test_a_continued_run_keeps_its_flags(tmp_path):
-    model = PneumoniaUNET()
-    stored = train.plain_args(train.parse_args(["--optimizer", "sgd", "--lr", "0.2", "--rf", "8", "--data", "old"])[0])
-    save_checkpoint(tmp_path / "last.pth.tar", model, optimizer={}, args=stored)
-    continued = ["--checkpoint", str(tmp_path / "last.pth.tar")]
-    args, *_ = train.parse_args([*continued, "--epochs", "7"])
-    assert (args.optimizer, args.learning_rate, args.rescale_factor, args.epochs) == ("sgd", 0.2, 8, 7)
-    assert args.data != "old"
+@pytest.fixture
+def stopped(tmp_path):
+    """Flags that continue a run which was stopped."""
+    args, *_ = train.parse_args(["--optimizer", "sgd", "--lr", "0.2", "--rf", "8",
+                                 "--data", "old"])
+    save_checkpoint(tmp_path / "last.pth.tar", PneumoniaUNET(patch_size=2), optimizer={},
+                    args=train.plain_args(args))
+    return ["--checkpoint", str(tmp_path / "last.pth.tar")]
+
+
+def test_a_continued_run_keeps_its_flags(stopped):
+    args, *_ = train.parse_args([*stopped, "--epochs", "7"])
+    assert (args.optimizer, args.learning_rate, args.rescale_factor) == ("sgd", 0.2, 8)
+    assert args.epochs == 7
+
+
+def test_a_continued_run_does_not_keep_its_folders(stopped):
+    assert train.parse_args(stopped)[0].data == train.parse_args([])[0].data
+
+
+def test_a_continued_run_refuses_another_recipe(stopped):
     with pytest.raises(InputError, match="--learning-rate 0.3: the run to continue has 0.2"):
-        train.parse_args([*continued, "--lr", "0.3"])
+        train.parse_args([*stopped, "--lr", "0.3"])
 
 
-def test_warm_start_takes_weights_alone_and_refuses_another_network(tmp_path):
-    save_checkpoint(tmp_path / "w.pth.tar", PneumoniaUNET(alpha_leaky=0.1))
-    flags = ["--checkpoint", str(tmp_path / "w.pth.tar")]
-    args, model, state = train.parse_args([*flags, "--alpha-leaky", "0.1"])
-    assert model.config["alpha_leaky"] == 0.1 and "optimizer" not in state
+def warm_start(tmp_path, model, *flags):
+    save_checkpoint(tmp_path / "w.pth.tar", model)
+    args, model, state = train.parse_args(["--checkpoint", str(tmp_path / "w.pth.tar"), *flags])
+    return train.build_model(args, model), state
+
+
+def test_a_warm_start_takes_weights_alone(tmp_path):
+    given = PneumoniaUNET(alpha_leaky=0.1)
+    model, state = warm_start(tmp_path, given, "--alpha-leaky", "0.1")
+    assert model.config == given.config and "optimizer" not in state
+    assert torch.equal(model.up_1[1].conv.weight, given.up_1[1].conv.weight)
+
+
+def test_a_warm_start_keeps_the_patches_of_its_network(tmp_path):
+    assert warm_start(tmp_path, PneumoniaUNET(patch_size=2))[0].patch_size == 2
+
+
+def test_a_warm_start_refuses_flags_of_another_network(tmp_path):
     with pytest.raises(InputError, match="give --alpha-leaky 0.1"):
-        train.parse_args(flags)
-    save_checkpoint(tmp_path / "w.pth.tar", PneumoniaUNET(patch_size=4))
-    assert train.parse_args(flags)[1].patch_size == 4
-    with pytest.raises(InputError, match="--rescale-factor 16 makes images of 64 pixels.*give 8 or less"):
-        train.parse_args([*flags, "--rescale-factor", "16"])
+        warm_start(tmp_path, PneumoniaUNET(alpha_leaky=0.1))
 
 
-def test_a_loss_that_is_not_finite_names_step_and_learning_rate():
-    optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.5)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1)
-    with pytest.raises(InputError, match="loss is nan at step 39 of epoch 2, learning rate 0.5"):
-        train.check_losses([0.1, math.nan, 0.1], 40, 2, scheduler)
+def test_a_warm_start_refuses_images_too_small_for_its_network(tmp_path):
+    message = "--rescale-factor 16 makes images of 64 pixels.*give 8 or less"
+    with pytest.raises(InputError, match=message):
+        warm_start(tmp_path, PneumoniaUNET(patch_size=4), "--rescale-factor", "16")
+
+
+@pytest.mark.parametrize("flags, thresholds", [
+    ([], Thresholds(0.5, 0.8, "defaults")),
+    (["--bt", "0.4"], Thresholds(0.4, 0.8, "given by flags")),
+    (["--gt", "0"], Thresholds(0.5, 0, "given by flags"))])
+def test_thresholds_are_those_of_the_flags(flags, thresholds):
+    assert train.build_thresholds(train.parse_args(flags)[0]) == thresholds
+
+
+def test_debug_shortens_a_run_and_leaves_the_search_out():
+    args, *_ = train.parse_args(["--debug", "--epochs", "9", "--train-threshold"])
+    assert args.epochs == train.DEBUG_EPOCHS and not args.train_threshold
+
+
+# Loss
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_names_step_and_learning_rate(loss):
+    message = f"loss is {loss} at step 39 of epoch 2, learning rate 0.5"
+    with pytest.raises(InputError, match=message):
+        train.check_losses([0.1, loss, 0.1], 40, 2, 0.5)
+
+
+def test_finite_losses_are_in_order():
+    train.check_losses([0.1, 1e30, 0], 3, 1, 0.5)
 
 
 def test_loss_falls_towards_the_truth():
     masks = torch.zeros(2, 1, 8, 8)
     masks[0, :, 2:6, 2:6] = 1
-    assert train.combined_loss(20 * masks - 10, masks) < 0.01 < 10 < train.combined_loss(10 - 20 * masks, masks)
+    right, wrong = 20 * masks - 10, 10 - 20 * masks
+    assert train.combined_loss(right, masks) < 0.01 < 10 < train.combined_loss(wrong, masks)
 
 
 def test_too_little_room_for_checkpoints_is_found_out_before_training(tmp_path, monkeypatch):
@@ -203,26 +320,67 @@ def test_too_little_room_for_checkpoints_is_found_out_before_training(tmp_path, 
 def test_a_network_that_overfits_four_images_finds_their_boxes():
     """The whole way from images to score: what is learned by heart must be found again."""
     torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    images, masks = rng.integers(0, 60, (4, 1, 64, 64)).astype(np.uint8), np.zeros((4, 1, 64, 64), np.uint8)
+    noise = np.random.default_rng(0).integers(0, 60, (4, 1, 64, 64)).astype(np.uint8)
+    masks = np.zeros((4, 1, 64, 64), np.uint8)
     for i in range(3):
         masks[i, :, 10 + 5 * i:40 + 5 * i, 20:40] = 1
-    images = torch.from_numpy(images + 120 * masks)
-    model, runtime = PneumoniaUNET(), train.choose_runtime("cpu", "fp32")
+    images, targets = torch.from_numpy(noise + 120 * masks), torch.from_numpy(masks).float()
+    model = PneumoniaUNET()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    targets = torch.from_numpy(masks).float()
     for _ in range(30):
-        loss = train.combined_loss(train.segment(model, train.to_network(images, "cpu"), runtime), targets)
+        loss = train.combined_loss(CPU.segment(model, CPU.load(images)), targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    predicted = predict_masks(model, images, runtime)
+    predicted = CPU.predict_masks(model, images)
     scores = []
     for i in range(4):
-        found = train.find_boxes(predicted[i], (1024, 1024), box_threshold=0.5, gate_threshold=0.5)
+        found = find_boxes(predicted[i], (1024, 1024), Thresholds(0.5, 0.5))
         truth = [[320, 16 * (10 + 5 * i), 320, 480]] if i < 3 else []
-        scores.append(train.average_precision_image(*found, truth))
+        scores.append(average_precision_image(*found, truth))
     assert scores[:3] == [1, 1, 1] and math.isnan(scores[3])
+
+
+# Data and scores
+
+
+@pytest.fixture
+def labelled(phantoms, train_csv, tmp_path):
+    """Arguments, data set and parts of train.py on the phantoms."""
+    args, *_ = train.parse_args(["--data", str(phantoms / "stage_2_train_images"),
+                                 "--labels", str(train_csv), "--save", str(tmp_path), *SMALL])
+    return args, *train.build_data(args)
+
+
+def test_the_loader_deals_out_whole_batches_of_training_images(labelled):
+    args, dataset, parts = labelled
+    loader, _ = train.build_loader(dataset, parts["training"], args, CPU)
+    batches = list(loader)
+    assert len(loader) == len(batches) == 4  # 36 images; what is left of the last batch is dropped
+    training = {dataset.images[index].tobytes() for index in parts["training"]}
+    for images, masks in batches:
+        assert images.shape == masks.shape == (8, 1, 64, 64)
+        assert {image.numpy().tobytes() for image in images} <= training
+
+
+def test_images_with_opacities_are_drawn_twice_as_often(labelled):
+    args, dataset, parts = labelled
+    loader, order = train.build_loader(dataset, parts["training"], args, CPU)
+    drawn = np.mean([mask.any().item() for seed in range(30) if order.manual_seed(seed)
+                     for _, masks in loader for mask in masks])
+    positive = np.mean([len(dataset.boxes[index]) > 0 for index in parts["training"]])
+    assert drawn == pytest.approx(2 * positive / (1 + positive), abs=0.05)
+
+
+def test_the_order_depends_on_the_seed_alone(labelled):
+    args, dataset, parts = labelled
+    loader, order = train.build_loader(dataset, parts["training"], args, CPU)
+
+    def epoch(seed):
+        order.manual_seed(seed)
+        return torch.cat([images for images, _ in loader])
+    first, again, other = epoch(1), epoch(1), epoch(2)
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 class Brightness(torch.nn.Module):
@@ -233,27 +391,44 @@ class Brightness(torch.nn.Module):
 
 
 @pytest.fixture
-def labelled(phantoms, train_csv):
-    """Arguments, data set and parts of train.py on the phantoms."""
-    args, *_ = train.parse_args(["--data", str(phantoms / "stage_2_train_images"), "--labels", str(train_csv), *SMALL])
-    return args, *train.load_data(args)
-
-
-def test_scores_of_one_pass_are_those_of_the_boxes_that_are_drawn(labelled):
-    args, dataset, parts = labelled
-    indices, thresholds = parts["training"], Thresholds(0.3, 0.5)
-    _, _, (loader,), _ = train.build_loaders(dataset, {"training": indices, "validation": indices}, args)
-    model, runtime = Brightness(), train.choose_runtime("cpu", "fp32")
-    for index, (_, _, (boxes, *_), *_) in train.overlays(model, dataset, indices[::2], runtime, thresholds):
-        dataset.boxes[index] = boxes  # every second image agrees with the model at these thresholds
-    evaluation = train.evaluate(model, loader, runtime, [0.2, thresholds.box])
-    figures = train.summarize(evaluation, thresholds.gate, column=1)
-    drawn = [train.average_precision_image(*found[:2], truth)
-             for _, (_, _, found, truth, _) in train.overlays(model, dataset, indices, runtime, thresholds)]
+def scored(labelled):
+    """Evaluation of the training images at two box thresholds, and the scores of the boxes that
+    are drawn at the second one and a gate of 0.5."""
+    _, dataset, parts = labelled
+    model, indices, thresholds = Brightness(), parts["training"], Thresholds(0.3, 0.5)
+    some = indices[::2]
+    for index, (_, overlay) in zip(some, overlays(model, dataset, some, CPU, thresholds)):
+        dataset.boxes[index] = overlay.boxes  # these agree with the model at these thresholds
+    evaluation = train.evaluate(model, dataset, indices, CPU, [0.2, thresholds.box])
+    drawn = [average_precision_image(overlay.boxes, overlay.confidences, overlay.truth)
+             for _, overlay in overlays(model, dataset, indices, CPU, thresholds)]
     assert 0.1 < np.nanmean(drawn) < 1 and np.isnan(drawn).any()
+    return evaluation, drawn
+
+
+def test_scores_of_one_pass_are_those_of_the_boxes_that_are_drawn(scored):
+    evaluation, drawn = scored
+    figures = summarize(evaluation, 0.5, column=1)
     assert figures["rsna"] == pytest.approx(np.nanmean(drawn))
-    assert figures["total"] == pytest.approx(np.nansum(drawn) / len(indices))
-    assert evaluation.scores.shape == (len(indices), 2) and set(evaluation.views) == {"AP", "PA"}
+    assert figures["total"] == pytest.approx(np.nansum(drawn) / len(drawn))
+
+
+def test_an_evaluation_holds_every_image_in_order(scored, labelled):
+    (evaluation, _), (_, dataset, parts) = scored, labelled
+    assert evaluation.scores.shape == (36, 2)
+    assert evaluation.views.tolist() == [dataset.views[index] for index in parts["training"]]
+    assert set(evaluation.views) == {"AP", "PA"}
+    boxes = [len(dataset.boxes[index]) > 0 for index in parts["training"]]
+    assert evaluation.positive.tolist() == boxes
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_batch_size_does_not_change_scores(labelled, batch_size):
+    _, dataset, parts = labelled
+    one, other = (train.evaluate(Brightness(), dataset, parts["training"], CPU, [0.3],
+                                 batch_size=size) for size in (36, batch_size))
+    np.testing.assert_allclose(one.confidences, other.confidences, rtol=1e-5)
+    np.testing.assert_allclose(one.scores, other.scores)
 
 
 class Blind(torch.nn.Module):
@@ -265,32 +440,22 @@ class Blind(torch.nn.Module):
         return logits
 
 
-def test_where_nothing_scores_the_defaults_stay_and_the_log_says_why(labelled, monkeypatch):
+def test_where_nothing_scores_the_defaults_stay_and_the_log_says_why(labelled):
     args, dataset, parts = labelled
-    args.train_threshold = True
-    _, loader, _, _ = train.build_loaders(dataset, parts, args)
-    thresholds = train.choose_thresholds(Blind(), loader, train.choose_runtime("cpu", "fp32"), args, Quiet())
-    assert thresholds[:2] == (train.BOX_THRESHOLD, train.GATE_THRESHOLD)
+    evaluate = partial(train.evaluate, Blind(), dataset, parts["validation"], CPU)
+    thresholds = choose_thresholds(evaluate, train.build_thresholds(args))
+    assert thresholds[:2] == Thresholds()[:2]
     assert "defaults; a search on 4 images proved nothing better" in str(thresholds)
 
 
-class Quiet:
-    """A SummaryWriter that writes nothing."""
+class Lost(torch.nn.Module):
+    """Gives no number."""
 
-    def add_scalar(self, *_):
-        pass
-
-
-def test_a_fold_is_trained_without_and_scored_alone(start, tmp_path):
-    figures = start("--folds", "3", "--fold", "1", "--epochs", "1")
-    split = dict(line.split(",") for line in (tmp_path / "out" / "split.csv").read_text().splitlines()[1:])
-    parts = {part: {key for key, value in split.items() if value == part} for part in ("training", "validation", "test")}
-    assert parts["test"] == {key for key in split if int(hashlib.md5(key.encode()).hexdigest(), 16) % 3 == 1}
-    assert len(parts["validation"]) == round(0.1 * (40 - len(parts["test"]))) and sum(map(len, parts.values())) == 40
-    assert figures["scored_images"] == len(parts["test"])
-    assert {path.stem for path in (tmp_path / "out" / "images").iterdir()} == parts["test"]
+    def forward(self, images):
+        return torch.full_like(images, math.nan)
 
 
-def test_learning_rate_in_log_and_metrics_is_the_value_used(start, capsys):
-    assert start("--epochs", "1", "--optimizer", "sgd")["arguments"]["learning_rate"] == 0.05
-    assert "learning_rate=0.05" in capsys.readouterr().out
+def test_a_validation_loss_that_is_not_finite_is_refused(labelled):
+    _, dataset, parts = labelled
+    with pytest.raises(InputError, match="the validation loss is nan.*--learning-rate"):
+        train.evaluate(Lost(), dataset, parts["validation"], CPU, [0.5])

@@ -1,0 +1,72 @@
+"""Prints the size of the code: lines, code lines and longest function by file, names of ours that
+train.py uses, and public functions without type hints.
+
+    python docs/measure.py
+"""
+
+import ast
+import io
+import tokenize
+from pathlib import Path
+
+SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+           tokenize.ENDMARKER}
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
+
+
+def functions_of(tree):
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+def code_lines(source, tree):
+    """Lines that are not blank, a comment or part of a docstring."""
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in SKIPPED:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(tree):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+            docstring = node.body[0]
+            lines -= set(range(docstring.lineno, docstring.end_lineno + 1))
+    return len(lines)
+
+
+def names_of_ours(tree, own):
+    """Names that a module takes from the others: `from x import name`, or `x.name` after `import
+    x`."""
+    names, imported = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names} & own
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module in own:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.value.id in imported:
+                names.add(f"{node.value.id}.{node.attr}")
+    return sorted(names)
+
+
+def main():
+    paths = sorted(Path(".").glob("*.py"))
+    own, untyped, total = {path.stem for path in paths}, [], 0
+    print(f"{'file':<20}{'lines':>7}{'code':>7}{'longest function':>30}")
+    for path in paths:
+        source = path.read_text("utf-8")
+        tree = ast.parse(source)
+        functions, code = functions_of(tree), code_lines(source, tree)
+        length, longest = max((node.end_lineno - node.lineno + 1, node.name) for node in functions)
+        print(f"{path.name:<20}{len(source.splitlines()):>7}{code:>7}{longest:>25} {length:>4}")
+        public = [node.name for node in tree.body
+                  if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+                  and node.returns is None]
+        untyped += [f"{path.stem}.{name}" for name in public]
+        total += code
+    print(f"{'all':<20}{'':>7}{total:>7}")
+    names = names_of_ours(ast.parse(Path("train.py").read_text("utf-8")), own)
+    print(f"train.py uses {len(names)} names of ours: {', '.join(names)}")
+    print(f"{len(untyped)} public functions without a return type: {', '.join(untyped) or 'none'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Runs a function on files in processes of their own: a file that crashes its decoder, hangs or
+takes too much memory costs itself alone.
+
+Why not a library: concurrent.futures and joblib end with a worker that dies, and pebble's pool
+needs semaphores, which a container without /dev/shm lacks, and judges by the clock.
+"""
+
+import mmap
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dicom import UnreadableImage, load_and_prepare_image, reason_of
+from greyscale import ImageWarning
+
+TIME_LIMIT = 5  # seconds of CPU time for one file, the same on a busy machine and an idle one
+WAIT_LIMIT = 300  # seconds by the clock until a reader is taken for asleep
+INTERNAL_ERROR = "was not read because of an internal error; its traceback is on stderr"
+
+
+def limit_memory(more: int = 5 * 2**28) -> None:
+    """Lets this process allocate `more` bytes: some MB of hostile DICOM can inflate to many GB."""
+    if sys.platform != "linux":
+        return
+    import resource
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+    with suppress(ValueError):  # there is a lower limit already
+        resource.setrlimit(resource.RLIMIT_AS, (held + more, held + more))
+
+
+class Reading(NamedTuple):
+    """What became of one file: a `value` or a `problem`; `note` tells what the value lacks."""
+    value: Any = None
+    problem: str = ""
+    note: str = ""
+    trace: str = ""  # of an error of our own
+
+
+def _read(function, path, caught):
+    caught.clear()
+    _limit_time(TIME_LIMIT)
+    try:
+        value = function(path)
+    except UnreadableImage as error:
+        return Reading(problem=str(error))
+    except MemoryError as error:
+        return Reading(problem=reason_of(error))
+    except Exception:
+        return Reading(problem=INTERNAL_ERROR, trace=traceback.format_exc())
+    return Reading(value, note="; ".join(str(warning.message) for warning in caught))
+
+
+def _limit_time(seconds):
+    """Has this process killed by SIGPROF after so many seconds of CPU time; 0 for never."""
+    if hasattr(signal, "setitimer"):  # not on Windows
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def _serve(connection, parent_end, function):
+    """Loop of a reader: silences stderr, ignores Ctrl-C, ends when the parent closes the pipe."""
+    parent_end.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    limit_memory()
+    with warnings.catch_warnings(record=True) as caught, suppress(EOFError, OSError):
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", ImageWarning)
+        while True:
+            readings = [_read(function, path, caught) for path in connection.recv()]
+            _limit_time(0)
+            connection.send(readings)
+
+
+_starting = Lock()  # a reader must not inherit the other end of another's pipe before it is closed
+
+
+class _Pool:
+    """Readers, and threads that hand them chunks of paths and wait for the answers."""
+
+    def __init__(self, function, workers):
+        self.function, self.started, self.idle = function, [], SimpleQueue()
+        for _ in range(workers):
+            self.start()
+        self.threads = ThreadPoolExecutor(workers)
+
+    def start(self):
+        # fork starts in milliseconds and is safe here: a reader runs neither PyTorch nor threads
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+        with _starting:
+            ours, theirs = context.Pipe()  # pipes need no semaphores, so /dev/shm may be missing
+            arguments = theirs, ours, self.function
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+        self.started.append(process)
+        self.idle.put((process, ours))
+
+    def read(self, chunk):
+        """Readings of a chunk, or why its reader ended."""
+        process, connection = self.idle.get()
+        problem = f"took more than {WAIT_LIMIT} seconds to read"
+        try:
+            connection.send(chunk)
+            if connection.poll(WAIT_LIMIT):
+                readings = connection.recv()
+                self.idle.put((process, connection))
+                return readings
+        except (EOFError, OSError):
+            problem = "crashed its decoder"
+        process.kill()
+        process.join()
+        if -process.exitcode == getattr(signal, "SIGPROF", None):
+            problem = f"took more than {TIME_LIMIT} seconds of CPU time to decode"
+        self.start()
+        return problem
+
+    def read_alone(self, path):
+        """Reading of a file whose reader ended, tried once more."""
+        readings = self.read([path])
+        return Reading(problem=readings) if isinstance(readings, str) else readings[0]
+
+    def stop(self):
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        for process in self.started:
+            process.kill()
+        self.threads.shutdown()
+        for process in self.started:  # some may have been started since
+            process.kill()
+            process.join()
+
+
+def read_files(
+        function: Callable[[Path], Any], paths: Iterable[Path], *,
+        workers: int, chunk_size: int = 8,
+) -> Iterator[Reading]:
+    """Yields a Reading of function(path) for each path, in order, from processes that read ahead.
+
+    The function raises UnreadableImage for a file that it cannot read, and warns with ImageWarning
+    of what it leaves out; the traceback of any other error is printed once. The files of a reader
+    that crashes or takes too long are tried again one by one while no other is read.
+    """
+    paths, printed, window = list(paths), {""}, deque()
+    size = min(chunk_size, len(paths) // (4 * workers) + 1)  # of what a reader gets at a time
+    chunks = [paths[first:first + size] for first in range(0, len(paths), size)]
+    pool = _Pool(function, min(workers, len(paths)) or 1)
+    try:
+        while chunks or window:
+            while chunks and len(window) <= 2 * workers:
+                chunk = chunks.pop(0)
+                window.append((chunk, pool.threads.submit(pool.read, chunk)))
+            chunk, future = window.popleft()
+            readings = future.result()
+            if isinstance(readings, str):
+                wait([future for _, future in window])
+                readings = [pool.read_alone(path) for path in chunk]
+            for reading in readings:
+                _print_once(reading.trace, printed)
+                yield reading
+    finally:
+        pool.stop()
+
+
+def _print_once(trace, printed):
+    """Prints a traceback unless one from the same place is printed already."""
+    place = trace.rstrip().rpartition("\n")[0]
+    if place not in printed:
+        print(trace, file=sys.stderr)
+        printed.add(place)
+
+
+def read_images(paths: Iterable[Path], *, rescale_factor: int, workers: int) -> Iterator[Reading]:
+    """Yields a Reading of read_image for each path, in order."""
+    return read_files(partial(read_image, rescale_factor=rescale_factor), paths, workers=workers)
+
+
+def read_image(path: Path, rescale_factor: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """load_and_prepare_image with the image as uint8 (S, S) in 0..255."""
+    image, original_size = load_and_prepare_image(path, rescale_factor)
+    return (image * 255 + 0.5).astype(np.uint8), original_size

@@ -1,0 +1,249 @@
+import argparse
+import io
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import cli
+
+# Paths
+
+
+@pytest.mark.parametrize("kind", ["folder", "output"])
+def test_a_folder_is_returned_as_a_path(tmp_path, kind):
+    found = cli.require(str(tmp_path), kind, flag="--data", variable="X")
+    assert found == tmp_path and isinstance(found, Path)
+
+
+def test_a_file_is_returned_as_a_path(tmp_path):
+    (tmp_path / "a.csv").touch()
+    assert cli.require(str(tmp_path / "a.csv"), "file", flag="--labels") == tmp_path / "a.csv"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("variable, remedy", [("X", "--data, or set X"), (None, "--data")])
+def test_what_does_not_exist_is_named_with_flag_and_variable(tmp_path, kind, variable, remedy):
+    path = tmp_path / "nowhere"
+    with pytest.raises(cli.InputError) as error:
+        cli.require(path, kind, flag="--data", variable=variable)
+    assert str(error.value) == f"{path} does not exist: give another with {remedy}"
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("zip", "is a zip file, not a folder: give the folder that it unpacks to with"),
+    ("text", "is a file, not a folder: give the folder that it is in with")])
+def test_a_file_in_place_of_a_folder_is_named_as_what_it_is(tmp_path, kind, words):
+    path = tmp_path / "scans"
+    path.write_text("no DICOM")
+    if kind == "zip":
+        zipfile.ZipFile(path, "w").close()
+    with pytest.raises(cli.InputError) as error:
+        cli.require(path, "folder", flag="--data", variable="TRAINML_DATA_PATH")
+    assert str(error.value) == f"{path} {words} --data, or set TRAINML_DATA_PATH"
+
+
+def test_a_folder_for_results_is_made_and_left_empty(tmp_path):
+    cli.require(tmp_path / "not" / "there", "output", flag="--output")
+    assert list((tmp_path / "not" / "there").iterdir()) == []
+
+
+def test_a_folder_for_results_that_cannot_be_made_is_named_with_the_reason(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(cli.InputError, match="cannot write to .*file/x .Not a directory.*--output"):
+        cli.require(tmp_path / "file" / "x", "output", flag="--output")
+
+
+@pytest.mark.parametrize("output, left_out", [
+    ("data/results", ["data/results"]),
+    ("data", ["data/images", "data/validation", "data/logs"]),
+    (".", ["images", "validation", "logs"]),
+])
+def test_only_folders_of_results_are_left_out_of_the_data(tmp_path, output, left_out):
+    found = cli.result_folders(tmp_path / output, tmp_path / "data")
+    assert found == [tmp_path / name for name in left_out]
+
+
+@pytest.mark.parametrize("value, path", [("/input", "/input/x"), ("", "data/x"), (None, "data/x")])
+def test_a_variable_names_a_folder_unless_it_is_empty(monkeypatch, value, path):
+    if value is not None:
+        monkeypatch.setenv("TRAINML_DATA_PATH", value)
+    assert cli.default_path("TRAINML_DATA_PATH", "x") == path
+
+
+# Flags
+
+
+@pytest.mark.parametrize("text, kind, value", [
+    ("1", int, 1), ("0.5", float, 0.5), ("3", float, 3.0), ("1", float, 1.0)])
+def test_a_number_in_its_bounds_is_taken(text, kind, value):
+    found = cli.bounded(0.5, 3, kind)(text)
+    assert found == value and type(found) is kind
+
+
+@pytest.mark.parametrize("text", ["0.4", "3.1", "nan", "inf", "-inf"])
+def test_a_number_out_of_its_bounds_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is not between 0.5 and 3"):
+        cli.bounded(0.5, 3)(text)
+
+
+def test_infinity_is_refused_where_no_upper_bound_is_set():
+    with pytest.raises(argparse.ArgumentTypeError):
+        cli.bounded(0, float("inf"))("inf")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--x", "0"], "argument --x: 0 is not 1 or more"),
+    (["--x", "one"], "argument --x: invalid number value: 'one'"),
+    (["--y"], "unrecognized arguments: --y")])
+def test_a_flag_that_cannot_be_is_one_line_and_status_2(capsys, flags, message):
+    parser = cli.Parser(prog="train.py")
+    parser.add_argument("--x", type=cli.bounded(1, float("inf"), int))
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(flags)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"train.py: error: {message}; see --help\n"
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--rf", "3"), ("--bs", "0"), ("--workers", "0"), ("--device", "tpu"), ("--precision", "fp8")])
+def test_runtime_options_refuse_what_cannot_be(flag, value, capsys):
+    parser = argparse.ArgumentParser()
+    cli.add_runtime_options(parser, batch_size=8, rescale_factor=4)
+    with pytest.raises(SystemExit):
+        parser.parse_args([flag, value])
+    assert flag in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("files, cores", [
+    ({"cpu.max": "150000 100000\n"}, 2), ({"cpu.max": "max 100000\n"}, 4), ({}, 4),
+    ({"cpu.max": "10000 100000\n"}, 1), ({"cpu.max": "6400000 100000\n"}, 4),
+    ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+    ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+])
+def test_the_quota_of_a_container_limits_the_cores(tmp_path, monkeypatch, files, cores):
+    monkeypatch.setattr(os, "process_cpu_count", lambda: 4, raising=False)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert cli.usable_cores(tmp_path) == cores
+
+
+def test_only_cores_of_this_process_count():
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert cli.usable_cores(Path("/no/such/folder")) == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+# Files
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(ZeroDivisionError), cli.atomic_write(tmp_path / "a") as file:
+        file.write(b"half of")
+        1 / 0
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path):
+    with pytest.raises(OSError) as error, cli.atomic_write(tmp_path / "a"):
+        raise OSError(28, "No space left on device")
+    assert error.value.filename == str(tmp_path / "a")
+
+
+def test_names_that_are_not_text_survive(tmp_path):
+    text = json.dumps({"caf\udce9": "Ü"}, ensure_ascii=False)
+    cli.write_text(tmp_path / "a.json", text)
+    assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {"caf\udce9": "Ü"}
+
+
+def test_a_table_is_written_with_quotes_where_they_are_needed(tmp_path):
+    cli.write_csv(tmp_path / "a.csv", [("file", "reason"), (Path("a,b"), "Ü")])
+    assert (tmp_path / "a.csv").read_bytes() == 'file,reason\n"a,b",Ü\n'.encode()
+
+
+# Lines
+
+
+@pytest.mark.parametrize("items, line", [
+    ([], ""), ([Path("a")], "warning: 1 are odd: a\n"),
+    (iter(range(5)), "warning: 5 are odd: 0, 1, 2, 3, 4\n"),
+    (range(7), "warning: 7 are odd: 0, 1, 2, 3, 4 and 2 more\n")])
+def test_a_warning_counts_all_and_names_the_first(capsys, items, line):
+    cli.warn("are odd", items)
+    assert capsys.readouterr().out == line
+
+
+@pytest.mark.parametrize("count, batches", [
+    (0, []), (3, [[0, 1, 2]]), (7, [[0, 1, 2], [3, 4, 5], [6]])])
+def test_batches_hold_all_items_in_order(count, batches):
+    assert list(cli.batched(iter(range(count)), 3)) == batches
+
+
+def test_progress_prints_plain_lines_in_a_job_log(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "LOG_SECONDS", -1)
+    assert list(cli.progress(range(3), total=3, description="work")) == [0, 1, 2]
+    assert capsys.readouterr().out.splitlines() == ["work: 1 of 3", "work: 2 of 3", "work: 3 of 3"]
+
+
+def test_progress_is_silent_for_short_work(capsys):
+    assert list(cli.progress(range(3), total=3, description="work")) == [0, 1, 2]
+    assert not capsys.readouterr().out
+
+
+# How a script ends
+
+
+@pytest.fixture
+def end(capsys, monkeypatch):
+    """end(main) runs a script's main and returns its status and the lines on stderr."""
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.setattr("sys.argv", ["scripts/train.py"])
+
+    def run(main):
+        with pytest.raises(SystemExit) as ended:
+            cli.run(main)
+        return ended.value.code, capsys.readouterr().err.splitlines()
+    return run
+
+
+@pytest.mark.parametrize("error, status, message", [
+    (cli.InputError("x is missing: give it with --x"), 2, "error: x is missing: give it with --x"),
+    (cli.InternalError("nothing could be read"), 1, "error: nothing could be read"),
+    (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), 2,
+     "error: no temporary folder can be written to: set TMPDIR to one"),
+    (OSError(28, "No space left on device", "a.tar"), 1,
+     "error: No space left on device: a.tar; what was written before is intact"),
+    (MemoryError("Unable to allocate memory"), 1,
+     "error: out of memory: lower --batch-size or raise --rescale-factor"),
+    (RuntimeError("CUDA out of memory. Tried to"), 1,
+     "error: out of memory: lower --batch-size or raise --rescale-factor"),
+    (KeyboardInterrupt(), 130, "stopped"), (KeyboardInterrupt(15), 143, "stopped"),
+])
+def test_errors_are_one_line_and_a_status(end, error, status, message):
+    def main():
+        raise error
+    assert end(main) == (status, [f"train.py: {message}"])
+
+
+@pytest.mark.parametrize("status", [0, 1, None])
+def test_a_script_ends_with_the_status_of_its_main(end, status):
+    assert end(lambda: status) == (status, [])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a fault"), OSError(5, "Input/output error")])
+def test_an_error_that_nobody_expects_keeps_its_traceback(monkeypatch, error):
+    def main():
+        raise error
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(type(error)) as found:
+        cli.run(main)
+    assert found.value is error

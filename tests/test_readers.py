@@ -1,0 +1,148 @@
+import _multiprocessing
+import os
+import signal
+import time
+import warnings
+
+import numpy as np
+import pytest
+
+import readers
+from dicom import UnreadableImage
+from greyscale import ImageWarning
+
+
+def numbers(folder, count):
+    return [folder / str(number) for number in range(count)]
+
+
+def test_files_are_read_in_order(tmp_path):
+    paths = numbers(tmp_path, 100)
+    readings = readers.read_files(lambda path: path.name, paths, workers=2)
+    assert [reading.value for reading in readings] == [path.name for path in paths]
+
+
+def test_a_crash_costs_one_file(tmp_path):
+    def read(path):
+        if path.name == "3":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return path.name
+    readings = list(readers.read_files(read, numbers(tmp_path, 20), workers=2))
+    assert [reading.value for reading in readings if not reading.problem] == [
+        str(number) for number in range(20) if number != 3]
+    assert readings[3].problem == "crashed its decoder"
+
+
+def spin():
+    while True:
+        pass
+
+
+@pytest.mark.parametrize("limit, hang, problem", [
+    ("TIME_LIMIT", spin, "took more than 0.3 seconds of CPU time to decode"),
+    ("WAIT_LIMIT", signal.pause, "took more than 0.3 seconds to read")])
+def test_a_hang_costs_one_file(tmp_path, monkeypatch, limit, hang, problem):
+    def read(path):
+        if path.name == "3":
+            hang()
+        return path.name
+    monkeypatch.setattr(readers, limit, 0.3)  # the readers are forked, so they see it
+    readings = list(readers.read_files(read, numbers(tmp_path, 8), workers=2))
+    assert [reading.problem or reading.value for reading in readings] == [
+        "0", "1", "2", problem, "4", "5", "6", "7"]
+
+
+def test_a_file_that_ended_its_reader_is_tried_again_while_no_other_is_read(tmp_path):
+    def read(path):
+        tried, busy = path.with_suffix(".tried"), path.with_suffix(".busy")
+        again = tried.exists()
+        tried.touch()
+        busy.touch()
+        if path.name == "9" and not again:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.02)
+        others = sorted(tmp_path.glob("*.busy"))
+        busy.unlink()
+        return [other.stem for other in others] if again else None
+    readings = list(readers.read_files(read, numbers(tmp_path, 40), workers=2))
+    assert not any(reading.problem for reading in readings) and readings[9].value == ["9"]
+
+
+def test_the_same_files_are_read_on_one_core_with_many_workers(tmp_path, monkeypatch):
+    def read(path):
+        started = time.process_time()
+        while time.process_time() - started < 0.25:
+            pass
+    monkeypatch.setattr(readers, "TIME_LIMIT", 1)  # the eight together take two seconds
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        readings = list(readers.read_files(read, numbers(tmp_path, 8), workers=8))
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert not [reading.problem for reading in readings if reading.problem]
+
+
+def test_an_error_of_our_own_is_printed_once_and_costs_its_files(tmp_path, capfd):
+    def read(path):
+        if path.name in "357":
+            raise KeyError(path.name)
+        return path.name
+    readings = list(readers.read_files(read, numbers(tmp_path, 10), workers=2))
+    values = [reading.value for reading in readings]
+    assert values == ["0", "1", "2", None, "4", None, "6", None, "8", "9"]
+    assert {reading.problem for reading in readings} == {"", readers.INTERNAL_ERROR}
+    errors = capfd.readouterr().err
+    assert errors.count("Traceback") == 1 and "KeyError: '3'" in errors
+
+
+def test_files_are_read_without_semaphores(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise FileNotFoundError(2, "No such file or directory")
+    monkeypatch.setattr(_multiprocessing, "SemLock", refuse)
+    assert len(list(readers.read_files(str, numbers(tmp_path, 10), workers=2))) == 10
+
+
+@pytest.mark.parametrize("error, problem", [
+    (UnreadableImage("has no pixel data"), "has no pixel data"),
+    (MemoryError(), "takes too much memory to read")])
+def test_a_file_that_cannot_be_read_has_its_reason_and_no_traceback(
+        tmp_path, capfd, error, problem):
+    def read(path):
+        raise error
+    [reading] = readers.read_files(read, numbers(tmp_path, 1), workers=1)
+    assert reading == readers.Reading(problem=problem) and not capfd.readouterr().err
+
+
+def test_what_an_image_lacks_is_noted_and_other_warnings_are_not(tmp_path):
+    def read(path):
+        if path.name == "0":
+            warnings.warn("is constant", ImageWarning)
+            warnings.warn("has 2 frames", ImageWarning)
+        warnings.warn("will be removed", DeprecationWarning)
+        return path.name
+    noted, plain = readers.read_files(read, numbers(tmp_path, 2), workers=1)
+    assert noted == readers.Reading("0", note="is constant; has 2 frames")
+    assert plain == readers.Reading("1")
+
+
+def test_what_a_decoder_prints_on_stderr_is_not_shown(tmp_path, capfd):
+    def read(path):
+        os.write(2, b"decoder: corrupt data")
+        return path.name
+    assert [reading.value for reading in
+            readers.read_files(read, numbers(tmp_path, 3), workers=2)] == ["0", "1", "2"]
+    assert not capfd.readouterr().err
+
+
+def test_no_file_at_all_is_read_by_nobody(tmp_path):
+    assert list(readers.read_files(str, [], workers=2)) == []
+
+
+def test_images_come_as_bytes_with_their_original_size(tmp_path, write_dicom):
+    pixels = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
+    path = write_dicom(tmp_path / "a.dcm", pixels)
+    [reading] = readers.read_images([path], rescale_factor=16, workers=1)
+    image, original_size = reading.value
+    assert original_size == (64, 64) and image.dtype == np.uint8
+    np.testing.assert_array_equal(image, (pixels / 4095 * 255 + 0.5).astype(np.uint8))
