@@ -573,6 +573,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                "score": time.monotonic() - trained}
     figures_of_run = {
         **rename(figures), **threshold_state(thresholds), **part_sizes(dataset, parts),
+        "scored_images": len(scored),
         "history": history, "arguments": arguments, "versions": versions(), "seconds": seconds}
     cli.write_text(save / "metrics.json", json.dumps(figures_of_run, indent=1))
     print(thresholds, *score_lines(figures, len(scored)), sep="\n")

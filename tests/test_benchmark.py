@@ -1,5 +1,8 @@
-"""The benchmark: every stage has a time and a limit, operations are counted right, mistakes are told."""
+"""The benchmark: every stage has a time and a limit, operations are counted right, mistakes are
+named."""
 
+import contextlib
+import io
 import json
 
 import pytest
@@ -8,10 +11,14 @@ import benchmark
 import sample_data
 from cli import InputError
 
+SMALL = ["--repeats", "1", "--device", "cpu", "--rescale-factor", "16", "--batch-size", "2"]
 
-@pytest.fixture(autouse=True)
-def small_matrices(monkeypatch):
-    monkeypatch.setitem(benchmark.MATRIX_SIDE, "cpu", 256)
+
+@pytest.fixture(autouse=True, scope="module")
+def small_matrices():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(benchmark.MATRIX_SIDE, "cpu", 256)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -23,44 +30,83 @@ def data(tmp_path_factory):
     return folder
 
 
-def test_table_growth_and_memory(data, tmp_path, capsys):
-    figures = tmp_path / "figures.json"
-    benchmark.main(["--data", str(data), "--images", "4", "--growth", "--cache", "5", "--repeats", "1",
-                    "--device", "cpu", "--rescale-factor", "16", "--batch-size", "2", "--workers", "2",
-                    "--json", str(figures)])
-    written, printed = json.loads(figures.read_text()), capsys.readouterr().out
-    assert [table["images"] for table in written["tables"]] == [4, 8, 16]
-    assert written["cache_bytes"]["images"] == 5 and written["peak_bytes"] > 0
-    for table in written["tables"]:
+@pytest.fixture(scope="module")
+def growth(data, tmp_path_factory):
+    """Figures and printed text of a run at three sizes, which measures memory first."""
+    path = tmp_path_factory.mktemp("figures") / "figures.json"
+    flags = ["--images", "4", "--growth", "--cache", "5", "--workers", "2", "--json", str(path)]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        benchmark.main(["--data", str(data), *SMALL, *flags])
+    return json.loads(path.read_text()), out.getvalue()
+
+
+def test_growth_measures_every_stage_at_three_sizes(growth):
+    figures, _ = growth
+    assert [table["images"] for table in figures["tables"]] == [4, 8, 16]
+    for table in figures["tables"]:
         assert list(table["stages"]) == list(benchmark.STAGES)
-        assert all(min(stage["seconds"], stage["limit"]) > 0 for stage in table["stages"].values())
-    for text in (*benchmark.STAGES, "images/s", "of the matrix peak", "waits for data", "cost when the images double"):
-        assert text in printed
+
+
+def test_every_stage_has_a_time_and_a_limit(growth):
+    figures, _ = growth
+    stages = [stage for table in figures["tables"] for stage in table["stages"].values()]
+    assert all(min(stage["seconds"], stage["limit"]) > 0 for stage in stages)
+
+
+def test_memory_is_measured(growth):
+    figures, _ = growth
+    assert figures["cache_bytes"]["images"] == 5 and figures["peak_bytes"] > 0
+
+
+@pytest.mark.parametrize("text", [
+    *benchmark.STAGES, "images/s", "of the matrix peak", "waits for data",
+    "cost when the images double"])
+def test_the_table_names_stages_and_units(growth, text):
+    assert text in growth[1]
 
 
 def test_wait_for_data_is_part_of_the_epoch(data, capsys):
-    benchmark.main(["--data", str(data), "--images", "2", "--repeats", "1", "--device", "cpu", "--rescale-factor", "16",
-                    "--batch-size", "2", "--workers", "1"])
+    benchmark.main(["--data", str(data), *SMALL, "--images", "2", "--workers", "1"])
     share = capsys.readouterr().out.split("waits for data ")[1].split("%")[0]
     assert 0 < float(share) < 100
 
 
-def test_operations_of_the_network():
-    products = 615168 * 64**2  # by hand: 615,168 a pixel in the convolutions
-    first_layer = 2 * 9 * 64 * 64**2  # its input needs no gradient, all others cost the same three times
-    options = benchmark.train.make_parser().parse_args(["--rescale-factor", "16"])
-    forward = benchmark.count_operations(options, training=False)
-    assert forward == 2 * products
-    assert benchmark.count_operations(options, training=True) == pytest.approx(3 * forward - first_layer)
-    options.rescale_factor = 4  # 16 pixels in each of as many squares
-    assert benchmark.count_operations(options, training=False) == forward + 15 * first_layer
+PRODUCTS = 615168 * 64**2  # by hand: 615,168 a pixel in the convolutions
+FIRST_LAYER = 2 * 9 * 64 * 64**2
 
 
-def test_missing_and_unusable_data(tmp_path):
+def count_operations(rescale_factor, *, training):
+    flags = ["--rescale-factor", str(rescale_factor)]
+    options = benchmark.train.make_parser().parse_args(flags)
+    return benchmark.count_operations(options, training=training)
+
+
+def test_operations_of_inference_are_those_counted_by_hand():
+    assert count_operations(16, training=False) == 2 * PRODUCTS
+
+
+def test_operations_of_training_are_three_times_as_many_but_for_the_first_layer():
+    # its input needs no gradient
+    expected = 3 * 2 * PRODUCTS - FIRST_LAYER
+    assert count_operations(16, training=True) == pytest.approx(expected)
+
+
+def test_larger_images_cost_more_in_the_first_layer_alone():
+    # 16 pixels in each of as many patches
+    assert count_operations(4, training=False) == 2 * PRODUCTS + 15 * FIRST_LAYER
+
+
+def test_missing_data_are_named_with_the_script_that_makes_some(tmp_path):
     with pytest.raises(InputError, match="sample_data.py"):
         benchmark.main(["--data", str(tmp_path / "none")])
+
+
+def test_a_folder_without_a_file_is_refused(tmp_path):
     with pytest.raises(InputError, match="no file"):
         benchmark.main(["--data", str(tmp_path)])
+
+
+def test_a_file_without_a_jpeg_stream_is_refused(tmp_path):
     path = tmp_path / "text.dcm"
     path.write_text("no image")
     with pytest.raises(InputError, match="no JPEG stream"):

@@ -278,7 +278,7 @@ def choose(separable, given):
 
 def test_thresholds_are_chosen_where_they_are_proved_better(separable):
     box, gate, source, size_weight = choose(separable, Thresholds())
-    assert 0.45 < box < 0.55 and 0.42 < gate <= 0.7 and size_weight == Thresholds().size_weight
+    assert 0.45 <= box <= 0.55 and 0.42 < gate <= 0.7 and size_weight == Thresholds().size_weight
     assert source == "searched on 40 images"
 
 
