@@ -10,8 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from skimage import measure
-from sklearn.metrics import roc_auc_score
-from torchvision.ops import box_convert, box_iou
 
 # https://www.kaggle.com/c/rsna-pneumonia-detection-challenge/overview/evaluation
 IOU_THRESHOLDS = (0.40, 0.45, 0.50, 0.55, 0.60, 0.65, 0.70, 0.75)
@@ -118,6 +116,9 @@ def average_precision_image(predicted_boxes, confidences, target_boxes) -> float
     if not predictions or not targets:
         return 0.0 if predictions or targets else float("nan")
     order = np.argsort(-np.asarray(confidences, float), kind="stable")
+    # imported on use: importing torchvision needs a temporary folder, which prediction does not
+    from torchvision.ops import box_iou
+
     iou = box_iou(_corners(predicted_boxes)[order], _corners(target_boxes)).numpy()
     hits = np.array([_count_hits(iou, threshold) for threshold in IOU_THRESHOLDS])
     return float((hits / (predictions + targets - hits)).mean())
@@ -133,6 +134,8 @@ def score_mask(mask: np.ndarray, original_size: tuple[int, int], target_boxes: n
 
 def _corners(boxes):
     """[x0, y0, x1, y1] in float64: with float32 an IoU of exactly a threshold may exceed it."""
+    from torchvision.ops import box_convert
+
     return box_convert(torch.as_tensor(np.asarray(boxes, float)), "xywh", "xyxy")
 
 
@@ -161,6 +164,9 @@ def roc_auc(confidences: np.ndarray, positive: np.ndarray) -> float:
     """Area under the ROC curve of the image decision; NaN if one of the two classes is absent."""
     if positive.all() or not positive.any():
         return float("nan")
+    # imported on use: without /dev/shm scikit-learn warns on stderr at import
+    from sklearn.metrics import roc_auc_score
+
     return float(roc_auc_score(positive, confidences))
 
 

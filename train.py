@@ -468,7 +468,7 @@ def versions() -> dict[str, str]:
             "numpy": np.__version__}
 
 
-# The story of a cli.run
+# The story of a run
 
 
 def fit(setup: Setup, history: list[dict], writer: SummaryWriter) -> None:
