@@ -45,7 +45,7 @@ FINDINGS = "nodules", "large heart", "raised diaphragm", "effusion", "interstiti
 FINDING_ODDS = {NORMAL: 0, OPACITY: 0.3, OTHER: 1}
 # the challenge's: share of the positive images with 1, 2, 3 and 4 boxes; headers
 BOX_COUNTS = np.array([2614, 3266, 119, 13]) / 6012
-SPACINGS = "0.143", "0.14300000000000002", "0.168", "0.139", "0.171"  # mm; one exceeds DICOM's DS
+SPACINGS = "0.143", "0.14300000000000002", "0.168", "0.139", "0.171"  # mm; one is too long for a DS
 HEADER = {
     "SpecificCharacterSet": "ISO_IR 100", "SOPClassUID": SecondaryCaptureImageStorage,
     "StudyDate": "19010101", "StudyTime": "000000.00", "AccessionNumber": "", "Modality": "CR",

@@ -75,25 +75,19 @@ PRODUCTS = 615168 * 64**2  # by hand: 615,168 a pixel in the convolutions
 FIRST_LAYER = 2 * 9 * 64 * 64**2
 
 
-def count_operations(rescale_factor, *, training):
-    flags = ["--rescale-factor", str(rescale_factor)]
-    options = benchmark.train.make_parser().parse_args(flags)
-    return benchmark.count_operations(options, training=training)
-
-
 def test_operations_of_inference_are_those_counted_by_hand():
-    assert count_operations(16, training=False) == 2 * PRODUCTS
+    assert benchmark.count_operations(16, training=False) == 2 * PRODUCTS
 
 
 def test_operations_of_training_are_three_times_as_many_but_for_the_first_layer():
     # its input needs no gradient
     expected = 3 * 2 * PRODUCTS - FIRST_LAYER
-    assert count_operations(16, training=True) == pytest.approx(expected)
+    assert benchmark.count_operations(16, training=True) == pytest.approx(expected)
 
 
 def test_larger_images_cost_more_in_the_first_layer_alone():
     # 16 pixels in each of as many patches
-    assert count_operations(4, training=False) == 2 * PRODUCTS + 15 * FIRST_LAYER
+    assert benchmark.count_operations(4, training=False) == 2 * PRODUCTS + 15 * FIRST_LAYER
 
 
 def test_missing_data_are_named_with_the_script_that_makes_some(tmp_path):
