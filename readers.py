@@ -1,8 +1,8 @@
 """Runs a function on files in processes of their own: a file that crashes its decoder, hangs or
 takes too much memory costs itself alone.
 
-Why not a library: concurrent.futures and joblib end with a worker that dies, and pebble's pool
-needs semaphores, which a container without /dev/shm lacks, and judges by the clock.
+Why not a library: the pool of concurrent.futures breaks with a worker that dies, and pebble's needs
+semaphores, which a container without /dev/shm lacks, and judges by the clock.
 """
 
 import mmap

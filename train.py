@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import platform
 import shutil
 import time
@@ -215,11 +214,8 @@ def build_loader(dataset: PneumoniaDataset, training: Sequence[int], args: argpa
     """
     generator = torch.Generator()
     weights = [POSITIVE_WEIGHT if len(dataset.boxes[index]) else 1 for index in training]
-    images = len(training)
-    if args.debug:
-        images = min(images, DEBUG_STEPS * args.batch_size)
-    order = WeightedRandomSampler(weights, images, generator=generator)
-    batches = BatchSampler(order, args.batch_size, drop_last=images >= args.batch_size)
+    order = WeightedRandomSampler(weights, len(training), generator=generator)
+    batches = BatchSampler(order, args.batch_size, drop_last=len(training) >= args.batch_size)
     loader = DataLoader(Subset(dataset, training), batch_size=None, sampler=batches,
                         generator=generator, pin_memory=runtime.device.type == "cuda")
     return loader, generator
@@ -409,8 +405,8 @@ def resume(training: Training, state: dict, source: Path, save: Path) -> None:
         getattr(training, name).load_state_dict(state[name])
     for name in ("loss.best.pth.tar", "prec.best.pth.tar"):
         if (source / name).exists() and not (save / name).exists():
-            shutil.copyfile(source / name, save / f".{name}.part")
-            os.replace(save / f".{name}.part", save / name)
+            with cli.atomic_write(save / name) as file:
+                file.write((source / name).read_bytes())
 
 
 def checkpoint_state(setup: Setup, thresholds: Thresholds, history: list[dict]) -> dict[str, Any]:
