@@ -284,7 +284,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--repeats", type=cli.bounded(1, math.inf, int), default=3,
         help="of each measurement, whose median counts (default: %(default)s)")
     add("--json", help="file for the figures")
-    cli.add_runtime_options(parser, batch_size=8, rescale_factor=4)
+    parser.add_runtime_options(batch_size=8, rescale_factor=4)
     return parser
 
 

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -85,6 +84,21 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message}; see --help\n")
 
+    def add_runtime_options(self, *, batch_size: int, rescale_factor: int | None) -> None:
+        """The flags on how a network runs; no rescale factor stands for the checkpoint's."""
+        add = self.add_argument_group("how the network runs").add_argument
+        add("--rescale-factor", "--rf", type=int, choices=RESCALE_FACTORS, default=rescale_factor,
+            help=f"{IMAGE_SIDE} / side of the network's image in pixels "
+                 f"(default: {rescale_factor or 'that of the checkpoint'})")
+        add("--batch-size", "--bs", type=bounded(1, math.inf, int), default=batch_size,
+            help="images in a batch, 1 or more (default: %(default)s)")
+        add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
+            help="auto takes the first that is there (default: %(default)s)")
+        add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
+            help="auto takes the fastest that the device computes natively (default: %(default)s)")
+        add("--workers", type=bounded(1, math.inf, int), default=usable_cores(),
+            help="processes that decode images (default: the cores of this job, %(default)s)")
+
 
 def bounded(low: float, high: float, kind: type = float) -> Callable[[str], float]:
     """A type for argparse: a number of `kind`, finite and in low..high."""
@@ -96,23 +110,6 @@ def bounded(low: float, high: float, kind: type = float) -> Callable[[str], floa
         return kind(text)
     parse.__name__ = "number"  # argparse: "invalid number value"
     return parse
-
-
-def add_runtime_options(parser: argparse.ArgumentParser, *, batch_size: int,
-                        rescale_factor: int | None) -> None:
-    """The flags on how a network runs; no rescale factor stands for the checkpoint's."""
-    add = parser.add_argument_group("how the network runs").add_argument
-    add("--rescale-factor", "--rf", type=int, choices=RESCALE_FACTORS, default=rescale_factor,
-        help=f"{IMAGE_SIDE} / side of the network's image in pixels "
-             f"(default: {rescale_factor or 'that of the checkpoint'})")
-    add("--batch-size", "--bs", type=bounded(1, math.inf, int), default=batch_size,
-        help="images in a batch, 1 or more (default: %(default)s)")
-    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
-        help="auto takes the first that is there (default: %(default)s)")
-    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
-        help="auto takes the fastest that the device computes natively (default: %(default)s)")
-    add("--workers", type=bounded(1, math.inf, int), default=usable_cores(),
-        help="processes that decode images (default: the cores of this job, %(default)s)")
 
 
 def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -179,17 +176,26 @@ def batched(iterable: Iterable, size: int) -> Iterator[list]:
         yield batch
 
 
-def progress(iterable: Iterable, *, total: int, description: str) -> Iterator:
-    """A bar on a terminal; in a job log a plain line every LOG_SECONDS."""
-    if sys.stderr.isatty():
-        yield from tqdm(iterable, total=total, desc=description, leave=False)
-        return
-    shown = time.monotonic()
-    for done, item in enumerate(iterable, 1):
-        yield item
-        if time.monotonic() - shown > LOG_SECONDS:
-            shown = time.monotonic()
-            print(f"{description}: {done} of {total}", flush=True)
+def progress(iterable: Iterable, *, total: int, description: str, unit: str = " images",
+             scale: int = 1) -> tqdm:
+    """A bar on a terminal; in a job log a plain line every LOG_SECONDS. One of the `total` steps
+    stands for `scale` units. `set_postfix_str` of what is returned adds to the bar or line."""
+    options = {"total": total, "desc": description, "unit": unit,
+               "unit_scale": scale > 1 and scale, "leave": False}
+    if not sys.stderr.isatty():
+        options |= {"file": _JobLog(), "mininterval": LOG_SECONDS, "delay": LOG_SECONDS,
+                    "bar_format": "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}, "
+                                  "{remaining} left{postfix}"}
+    return tqdm(iterable, **options)
+
+
+class _JobLog(io.StringIO):
+    """Prints what tqdm would draw over and over in one line as lines of their own."""
+
+    def write(self, text: str) -> int:
+        if text.strip():
+            print(text.strip(), flush=True)
+        return len(text)
 
 
 def _terminate(signum, frame):

@@ -154,7 +154,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="train.csv or label table of these images: draws and scores the truth, too")
     add("--save-images", default=True, action=Switch,
         help="write annotated PNG images (default: on)")
-    cli.add_runtime_options(parser, batch_size=16, rescale_factor=None)
+    parser.add_runtime_options(batch_size=16, rescale_factor=None)
     return parser
 
 

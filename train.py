@@ -17,13 +17,12 @@ import platform
 import shutil
 import time
 from argparse import BooleanOptionalAction as Switch
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch.utils.data import BatchSampler, DataLoader, Subset, WeightedRandomSampler
@@ -75,10 +74,21 @@ class Setup(NamedTuple):
     loader: DataLoader
     order: torch.Generator  # of the loader
     dataset: PneumoniaDataset
-    validation: list[int]  # indices of the images scored after every epoch
+    parts: dict[str, list[int]]  # indices of the images of each part
     thresholds: Thresholds  # of the flags
     save: Path
     arguments: dict[str, Any]  # as every checkpoint stores them
+
+    @property
+    def validation(self) -> list[int]:
+        """Indices of the images that are scored after every epoch; with --debug fewer."""
+        limit = DEBUG_VALIDATION_STEPS * self.arguments["batch_size"]
+        return self.parts["validation"][:limit if self.arguments["debug"] else None]
+
+    @property
+    def scored(self) -> list[int]:
+        """Indices of the images that are scored at the end: with folds, the fold's."""
+        return self.parts.get("test", self.parts["validation"])
 
 
 # Arguments
@@ -98,7 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="write annotated images of those that are scored (default: on)")
     add_run_options(parser.add_argument_group("the run").add_argument)
     add_recipe_options(parser.add_argument_group("optimizer and network").add_argument)
-    cli.add_runtime_options(parser, batch_size=8, rescale_factor=4)
+    parser.add_runtime_options(batch_size=8, rescale_factor=4)
     return parser
 
 
@@ -269,6 +279,13 @@ def build_thresholds(args: argparse.Namespace) -> Thresholds:
     return Thresholds(*pair, source)
 
 
+def check_paths(args: argparse.Namespace) -> Path:
+    """The folder --save, once it can be written to and the other paths exist."""
+    cli.require(args.data, "folder", flag="--data", variable="TRAINML_DATA_PATH")
+    cli.require(args.labels, "file", flag="--labels", variable="TRAINML_MODEL_PATH")
+    return cli.require(args.save, "output", flag="--save", variable="TRAINML_OUTPUT_PATH")
+
+
 def check_disk(folder: Path, model: torch.nn.Module) -> None:
     """Raises InputError if a run's checkpoints will not fit: 9 times the weights, with Adam and one
     file being written."""
@@ -289,15 +306,17 @@ def combined_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(logits, masks) + 0.5 * dice
 
 
-def train_one_epoch(training: Training, loader: Iterable,
+def train_one_epoch(training: Training, loader: DataLoader,
                     log: Callable[[list[float], float], None]) -> float:
     """One pass over the loader; calls log(losses, learning_rate) every CHECK_STEPS steps. Returns
     the mean loss."""
     model, optimizer, scheduler, scaler, augmentation, runtime = training
     model.train()
     pending, total = [], 0.0
-    for step, (images, masks) in enumerate(
-            cli.progress(loader, total=len(loader), description="train"), 1):
+    epoch = scheduler.last_epoch // len(loader) + 1
+    batches = cli.progress(loader, total=len(loader), description=f"epoch {epoch}",
+                           scale=loader.sampler.batch_size)
+    for step, (images, masks) in enumerate(batches, 1):
         # forward, on the device
         masks = masks.to(runtime.device, non_blocking=True).float()
         images, masks = augmentation(runtime.load(images), masks)
@@ -312,8 +331,8 @@ def train_one_epoch(training: Training, loader: Iterable,
         pending.append(loss.detach())
         if step % CHECK_STEPS == 0 or step == len(loader):
             losses = torch.stack(pending).tolist()
-            epoch = math.ceil(scheduler.last_epoch / len(loader))
             check_losses(losses, step, epoch, scheduler.get_last_lr()[0])
+            batches.set_postfix_str(f"step {step}, loss {losses[-1]:.4f}", refresh=False)
             log(losses, scheduler.get_last_lr()[0])
             total, pending = total + sum(losses), []
     return total / len(loader)
@@ -339,7 +358,8 @@ def evaluate(model: torch.nn.Module, dataset: PneumoniaDataset, indices: Sequenc
     model.eval()
     batches = torch.as_tensor(indices).split(batch_size)
     losses, confidences, scores = [], [], []
-    for batch in cli.progress(batches, total=len(batches), description="validate"):
+    for batch in cli.progress(batches, total=len(batches), description="validate",
+                              scale=batch_size):
         images, masks = dataset[batch.tolist()]
         logits = runtime.segment(model, runtime.load(images))
         loss = combined_loss(logits, masks.to(runtime.device).float()).item()
@@ -363,18 +383,21 @@ def log_steps(writer: SummaryWriter, scheduler: Any) -> Callable[[list[float], f
     """A `log` of train_one_epoch that writes to TensorBoard."""
     def log(losses, learning_rate):
         first = scheduler.last_epoch - len(losses)
-        for offset, loss in enumerate(losses):
-            writer.add_scalar("loss/train", loss, first + offset)
-        writer.add_scalar("learning_rate", learning_rate, scheduler.last_epoch)
+        for step, loss in enumerate(losses, first + 1):
+            writer.add_scalar("steps/loss", loss, step)
+        writer.add_scalar("steps/learning_rate", learning_rate, scheduler.last_epoch)
     return log
 
 
 def log_epoch(writer: SummaryWriter, evaluation: Evaluation, scores: dict[str, float],
-              epoch: int) -> None:
-    """Shows an epoch's scores in TensorBoard."""
-    tags = {"loss/validation": "loss", "ap/rsna": "rsna", "ap/total": "total", "ap/auc": "auc"}
-    for tag, name in tags.items():
-        writer.add_scalar(tag, scores[name], epoch)
+              speed: float, epoch: int) -> None:
+    """Shows the figures of an epoch, counted from 1, in TensorBoard: both losses over the same
+    axis, and the decision on the image."""
+    tags = {"loss/train": scores["train_loss"], "loss/validation": scores["loss"],
+            "precision/rsna": scores["rsna"], "precision/total": scores["total"],
+            "auc/validation": scores["auc"], "speed/images_per_second": speed}
+    for tag, value in tags.items():
+        writer.add_scalar(tag, value, epoch)
     writer.add_pr_curve("image has opacity", evaluation.positive, evaluation.confidences, epoch)
 
 
@@ -405,8 +428,8 @@ def resume(training: Training, state: dict, source: Path, save: Path) -> None:
         getattr(training, name).load_state_dict(state[name])
     for name in ("loss.best.pth.tar", "prec.best.pth.tar"):
         if (source / name).exists() and not (save / name).exists():
-            with cli.atomic_write(save / name) as file:
-                file.write((source / name).read_bytes())
+            model, best = load_checkpoint(source / name)
+            save_checkpoint(save / name, model, **best)
 
 
 def checkpoint_state(setup: Setup, thresholds: Thresholds, history: list[dict]) -> dict[str, Any]:
@@ -428,16 +451,20 @@ def rename(figures: dict[str, float]) -> dict[str, float | None]:
             for name, value in figures.items()}
 
 
-def part_sizes(dataset: PneumoniaDataset, parts: dict[str, list[int]]) -> dict[str, int]:
-    """Numbers of images under their names in metrics.json."""
-    sizes = {f"{name}_images": len(part) for name, part in parts.items()}
-    return {**sizes, "skipped_images": len(dataset.skipped)}
-
-
-def split_table(dataset: PneumoniaDataset, parts: dict[str, list[int]]) -> str:
-    """CSV text of the part that each image belongs to."""
+def split_rows(dataset: PneumoniaDataset, parts: dict[str, list[int]]) -> list[tuple[str, str]]:
+    """The lines of split.csv: the part that each image belongs to."""
     rows = [(dataset.patient_ids[index], name) for name, part in parts.items() for index in part]
-    return pd.DataFrame(rows, columns=["patientId", "split"]).to_csv(index=False)
+    return [("patientId", "split"), *rows]
+
+
+def run_record(setup: Setup, history: list[dict], thresholds: Thresholds,
+               figures: dict[str, float], seconds: dict[str, float]) -> dict[str, Any]:
+    """The content of metrics.json."""
+    sizes = {f"{name}_images": len(part) for name, part in setup.parts.items()}
+    return {**rename(figures), **threshold_state(thresholds), **sizes,
+            "skipped_images": len(setup.dataset.skipped), "scored_images": len(setup.scored),
+            "history": history, "arguments": setup.arguments, "versions": versions(),
+            "seconds": seconds}
 
 
 @contextlib.contextmanager
@@ -471,12 +498,13 @@ def fit(setup: Setup, history: list[dict], writer: SummaryWriter) -> None:
     """Trains the epochs that the history lacks, adds their scores to it, and keeps the files
     last, loss.best and prec.best."""
     training, thresholds, epochs = setup.training, setup.thresholds, setup.arguments["epochs"]
+    writer.add_custom_scalars_multilinechart(["loss/train", "loss/validation"], "loss", "both")
     shown = [index for index in setup.validation if len(setup.dataset.boxes[index])][:SHOWN]
     log = log_steps(writer, training.scheduler)
-    for epoch in range(len(history), epochs):
+    for epoch in range(len(history) + 1, epochs + 1):
         # draws depend on seed and epoch alone, so that a continued run repeats them
         for generator in (setup.order, training.augmentation.generator):
-            generator.manual_seed(setup.arguments["seed"] * 1_000_003 + epoch)
+            generator.manual_seed(setup.arguments["seed"] * 1_000_003 + epoch - 1)
         started = time.monotonic()
         train_loss = train_one_epoch(training, setup.loader, log)
         images = len(setup.loader) * setup.arguments["batch_size"]
@@ -489,22 +517,20 @@ def fit(setup: Setup, history: list[dict], writer: SummaryWriter) -> None:
         history.append({"train_loss": train_loss, **scores})
         save_epoch(training, setup.save, checkpoint_state(setup, thresholds, history))
 
-        log_epoch(writer, evaluation, scores, epoch)
-        writer.add_scalar("speed/images_per_second", speed, epoch)
+        log_epoch(writer, evaluation, history[-1], speed, epoch)
         pictures = overlays(training.model, setup.dataset, shown, training.runtime, thresholds)
         for place, (_, overlay) in enumerate(pictures):
             picture = np.asarray(draw_overlay(overlay))
             writer.add_image(f"validation/{place}", picture, epoch, dataformats="HWC")
-        print(f"epoch {epoch + 1}/{epochs}: loss {train_loss:.4f}, validation loss "
+        print(f"epoch {epoch}/{epochs}: loss {train_loss:.4f}, validation loss "
               f"{scores['loss']:.4f}, RSNA mAP {scores['rsna']:.4f}, total AP "
               f"{scores['total']:.4f}, AUC {scores['auc']:.4f}, {speed:.1f} images/s", flush=True)
 
 
-def hand_over(setup: Setup, history: list[dict],
-              scored: Sequence[int]) -> tuple[Thresholds, dict[str, float]]:
+def hand_over(setup: Setup, history: list[dict]) -> tuple[Thresholds, dict[str, float]]:
     """Writes final.pth.tar: the last epoch's weights with the thresholds to use them at, searched
     on the validation images if that was asked for. Returns those and the scores of the images
-    `scored`, and draws these.
+    `setup.scored`, and draws these.
 
     The learning rate ends near 0, so the last weights are the ones that the run was made for; the
     best epoch of a small validation set is mostly luck (docs/experiments.md).
@@ -513,13 +539,13 @@ def hand_over(setup: Setup, history: list[dict],
     score = partial(evaluate, model, setup.dataset, batch_size=setup.arguments["batch_size"])
     if setup.arguments["train_threshold"]:
         thresholds = choose_thresholds(partial(score, setup.validation, runtime), thresholds)
-    figures = summarize(score(scored, runtime, [thresholds.box]), thresholds.gate)
+    figures = summarize(score(setup.scored, runtime, [thresholds.box]), thresholds.gate)
     state = checkpoint_state(setup, thresholds, history)
     save_checkpoint(setup.save / "final.pth.tar", model, **state, **rename(figures))
     if setup.arguments["save_images"]:
-        pictures = overlays(model, setup.dataset, scored, runtime, thresholds)
+        pictures = overlays(model, setup.dataset, setup.scored, runtime, thresholds)
         save_overlays(setup.save / "images",
-                      cli.progress(pictures, total=len(scored), description="draw"))
+                      cli.progress(pictures, total=len(setup.scored), description="draw"))
     return thresholds, figures
 
 
@@ -527,9 +553,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     args, model, state = parse_args(argv)
     runtime = choose_runtime(args.device, args.precision)
-    cli.require(args.data, "folder", flag="--data", variable="TRAINML_DATA_PATH")
-    cli.require(args.labels, "file", flag="--labels", variable="TRAINML_MODEL_PATH")
-    save = cli.require(args.save, "output", flag="--save", variable="TRAINML_OUTPUT_PATH")
+    save = check_paths(args)
     arguments = plain_args(args)
     print(*(f"{key}={value}" for key, value in arguments.items()),
           f"on {runtime.device.type} in {runtime.dtype}")
@@ -539,7 +563,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = build_model(args, model)
     check_disk(save, model)
     dataset, parts = build_data(args)
-    cli.write_text(save / "split.csv", split_table(dataset, parts))
+    cli.write_csv(save / "split.csv", split_rows(dataset, parts))
     print(" and ".join(f"{len(part)} {name}" for name, part in parts.items()), "images", flush=True)
     loader, order = build_loader(dataset, parts["training"], args, runtime)
     prepared = time.monotonic()
@@ -549,30 +573,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "optimizer" in state:
         resume(training, state, Path(args.checkpoint).parent, save)
     history = list(state.get("history", []))
-    validation = parts["validation"]
-    if args.debug:
-        validation = validation[:DEBUG_VALIDATION_STEPS * args.batch_size]
-    setup = Setup(training, loader, order, dataset, validation, build_thresholds(args), save,
-                  arguments)
+    setup = Setup(training, loader, order, dataset, parts, build_thresholds(args), save, arguments)
 
     # epochs, final score
     with SummaryWriter(save / "logs", purge_step=training.scheduler.last_epoch or None) as writer:
         with hint_to_continue(save, history):
             fit(setup, history, writer)
         trained = time.monotonic()
-        scored = parts.get("test", parts["validation"])
-        thresholds, figures = hand_over(setup, history, scored)
+        thresholds, figures = hand_over(setup, history)
         log_comparison(writer, arguments, figures)
 
     # metrics.json, last lines
     seconds = {"prepare": prepared - started, "train": trained - prepared,
                "score": time.monotonic() - trained}
-    figures_of_run = {
-        **rename(figures), **threshold_state(thresholds), **part_sizes(dataset, parts),
-        "scored_images": len(scored),
-        "history": history, "arguments": arguments, "versions": versions(), "seconds": seconds}
-    cli.write_text(save / "metrics.json", json.dumps(figures_of_run, indent=1))
-    print(thresholds, *score_lines(figures, len(scored)), sep="\n")
+    record = run_record(setup, history, thresholds, figures, seconds)
+    cli.write_text(save / "metrics.json", json.dumps(record, indent=1))
+    print(thresholds, *score_lines(figures, len(setup.scored)), sep="\n")
     # the other images make a good model, but nobody may miss that some were lost by our fault
     return 1 if dataset.internal_errors else 0
 

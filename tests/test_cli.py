@@ -2,6 +2,7 @@ import argparse
 import io
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -110,8 +111,8 @@ def test_a_flag_that_cannot_be_is_one_line_and_status_2(capsys, flags, message):
 @pytest.mark.parametrize("flag, value", [
     ("--rf", "3"), ("--bs", "0"), ("--workers", "0"), ("--device", "tpu"), ("--precision", "fp8")])
 def test_runtime_options_refuse_what_cannot_be(flag, value, capsys):
-    parser = argparse.ArgumentParser()
-    cli.add_runtime_options(parser, batch_size=8, rescale_factor=4)
+    parser = cli.Parser()
+    parser.add_runtime_options(batch_size=8, rescale_factor=4)
     with pytest.raises(SystemExit):
         parser.parse_args([flag, value])
     assert flag in capsys.readouterr().err
@@ -187,9 +188,20 @@ def test_batches_hold_all_items_in_order(count, batches):
 
 
 def test_progress_prints_plain_lines_in_a_job_log(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "LOG_SECONDS", -1)
+    monkeypatch.setattr(cli, "LOG_SECONDS", 0)
     assert list(cli.progress(range(3), total=3, description="work")) == [0, 1, 2]
-    assert capsys.readouterr().out.splitlines() == ["work: 1 of 3", "work: 2 of 3", "work: 3 of 3"]
+    line = r"work: (\d) of 3 images, .*image.*, .* left"
+    done = [re.fullmatch(line, text)[1] for text in capsys.readouterr().out.splitlines()]
+    assert done[-1] == "3" and done == sorted(set(done))
+
+
+def test_progress_tells_units_and_what_the_loop_adds(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "LOG_SECONDS", 0)
+    bar = cli.progress(range(2), total=2, description="epoch 1", scale=8)
+    for step in bar:
+        bar.set_postfix_str(f"step {step}", refresh=False)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("epoch 1: 16 of 16 images") and last.endswith("left, step 1")
 
 
 def test_progress_is_silent_for_short_work(capsys):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, assert_same_weights
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import readers
 import train
@@ -75,6 +76,16 @@ def test_a_run_writes_its_files_and_no_other(finished):
         "logs", "metrics.json", "split.csv"}
 
 
+def test_tensorboard_counts_epochs_from_1_and_shows_both_losses_over_them(finished):
+    save, figures, _ = finished
+    events = EventAccumulator(str(save / "logs")).Reload()
+    for tag, name in (("loss/train", "train_loss"), ("loss/validation", "loss"),
+                      ("auc/validation", "auc")):
+        logged = [(event.step, pytest.approx(event.value)) for event in events.Scalars(tag)]
+        history = [scores[name] for scores in figures["history"]]
+        assert logged == list(enumerate(history, 1)), tag
+
+
 def test_every_validation_image_is_drawn(finished):
     save, figures, _ = finished
     split = [line.split(",") for line in (save / "split.csv").read_text().splitlines()[1:]]
@@ -124,7 +135,7 @@ def test_a_run_that_goes_on_elsewhere_takes_its_best_files_along(
     save, *_ = finished
     start(tmp_path / "b", "--checkpoint", save / "last.pth.tar", "--epochs", "3")
     for name in ("loss.best.pth.tar", "prec.best.pth.tar"):
-        assert (tmp_path / "b" / name).read_bytes() == (save / name).read_bytes()
+        assert_same_weights(tmp_path / "b" / name, save / name)
 
 
 def test_a_fold_is_trained_without_and_scored_alone(start, tmp_path):
