@@ -494,6 +494,13 @@ def versions() -> dict[str, str]:
 # The story of a run
 
 
+def seed_epoch(setup: Setup, epoch: int) -> None:
+    """Makes the draws of an epoch, counted from 1, depend on its number and --seed alone, so that a
+    continued run repeats them."""
+    for generator in (setup.order, setup.training.augmentation.generator):
+        generator.manual_seed(setup.arguments["seed"] * 1_000_003 + epoch - 1)
+
+
 def fit(setup: Setup, history: list[dict], writer: SummaryWriter) -> None:
     """Trains the epochs that the history lacks, adds their scores to it, and keeps the files
     last, loss.best and prec.best."""
@@ -502,9 +509,7 @@ def fit(setup: Setup, history: list[dict], writer: SummaryWriter) -> None:
     shown = [index for index in setup.validation if len(setup.dataset.boxes[index])][:SHOWN]
     log = log_steps(writer, training.scheduler)
     for epoch in range(len(history) + 1, epochs + 1):
-        # draws depend on seed and epoch alone, so that a continued run repeats them
-        for generator in (setup.order, training.augmentation.generator):
-            generator.manual_seed(setup.arguments["seed"] * 1_000_003 + epoch - 1)
+        seed_epoch(setup, epoch)
         started = time.monotonic()
         train_loss = train_one_epoch(training, setup.loader, log)
         images = len(setup.loader) * setup.arguments["batch_size"]
