@@ -236,13 +236,12 @@ class Augmentation:
         nodes = self._nodes(count).to(device, non_blocking=True)
         grid = F.interpolate(nodes, size, mode="bilinear", align_corners=True)
         grid = grid.permute(0, 2, 3, 1)  # (B, S, S, 2)
-        gamma = 2 ** self._uniform(count, self.exposure)
-        gain = 2 ** self._uniform(count, self.exposure / 2)
         images = F.grid_sample(images, grid, mode="bilinear", align_corners=True)
         masks = F.grid_sample(masks, grid, mode="nearest", align_corners=True)
         # exposure of the image alone
-        gamma = gamma.to(device, non_blocking=True).view(-1, 1, 1, 1)
-        gain = gain.to(device, non_blocking=True).view(-1, 1, 1, 1)
+        exponents = [self._uniform((count, 1, 1, 1), limit)
+                     for limit in (self.exposure, self.exposure / 2)]
+        gamma, gain = (2 ** torch.stack(exponents)).to(device, non_blocking=True)
         return (images**gamma * gain).clamp_(0, 1), masks
 
     def _nodes(self, count):
