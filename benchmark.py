@@ -16,7 +16,6 @@ import math
 import re
 import tempfile
 import time
-from argparse import BooleanOptionalAction as Switch
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
@@ -64,11 +63,11 @@ class Stage(NamedTuple):
 
 def build_file_stages(paths: list[Path], args: argparse.Namespace) -> list[Stage]:
     """Stages that read files; these lie alone in their folder."""
-    def read_bare():
+    def read_bare() -> None:
         for path in paths:
             dcmread(path, stop_before_pixels=True, specific_tags=TAGS)
 
-    def decode_plain():
+    def decode_plain() -> None:
         for path in paths:
             plain_decode(path)
 
@@ -96,16 +95,18 @@ def build_network_stages(dataset: PneumoniaDataset, runtime: Runtime,
     images = len(dataset) + -len(dataset) % args.batch_size
     indices = list(islice(cycle(range(len(dataset))), images))
     loader, _ = train.build_loader(dataset, indices, train_args, runtime)
-    model, steps = train.build_model(train_args), 100 * len(loader)
-    training = train.build_training(model, train_args, steps, runtime)
+    model = train.build_model(train_args)
+    training = train.build_training(model, train_args, 100 * len(loader), runtime)
+    batches = [batch for batch, _ in loader]
 
-    def load_and_augment():
+    def load_and_augment() -> None:
         for batch, masks in loader:
             training.augmentation(runtime.load(batch), masks.to(runtime.device).float())
 
-    batches = [batch for batch, _ in loader]
+    def train_epoch() -> None:
+        train.train_one_epoch(training, loader, lambda *_: None)
 
-    def predict():
+    def predict() -> None:
         model.eval()
         for batch in batches:
             runtime.predict_masks(model, batch)
@@ -114,7 +115,7 @@ def build_network_stages(dataset: PneumoniaDataset, runtime: Runtime,
     theta = torch.eye(2, 3, device=runtime.device).expand(args.batch_size, 2, 3)
     grid = F.affine_grid(theta, ready.shape, align_corners=True)
 
-    def resample():
+    def resample() -> None:
         for _ in batches:
             F.grid_sample(ready, grid, mode="bilinear", align_corners=True)
             F.grid_sample(ready, grid, mode="nearest", align_corners=True)
@@ -122,12 +123,10 @@ def build_network_stages(dataset: PneumoniaDataset, runtime: Runtime,
     side = MATRIX_SIDE[runtime.device.type]
     matrix = torch.randn(side, side, device=runtime.device, dtype=runtime.dtype)
     product = 2 * side**3  # operations
+    steps, passes = (count_operations(args.rescale_factor, training=kind) for kind in (True, False))
     return [Stage(load_and_augment, images, resample, images),
-            Stage(lambda: train.train_one_epoch(training, loader, lambda *_: None), images,
-                  lambda: matrix @ matrix,
-                  product / count_operations(args.rescale_factor, training=True)),
-            Stage(predict, images, lambda: matrix @ matrix,
-                  product / count_operations(args.rescale_factor, training=False))]
+            Stage(train_epoch, images, lambda: matrix @ matrix, product / steps),
+            Stage(predict, images, lambda: matrix @ matrix, product / passes)]
 
 
 def count_operations(rescale_factor: int, *, training: bool) -> int:
@@ -145,22 +144,22 @@ def box_stages(cases: list[Overlay], folder: Path) -> list[Stage]:
     images, default = len(cases), [metrics.Thresholds().box]
     canvases = [draw_overlay(case) for case in cases[:DISTINCT]]
 
-    def score(thresholds):
+    def score(thresholds: Sequence[float]) -> metrics.Evaluation:
         scores = [metrics.score_mask(case.mask, case.original_size, case.truth, thresholds)
                   for case in cases]
         return metrics.Evaluation(0.0, np.full(images, 0.5), np.ones(images, bool),
                                   np.full(images, ""), np.array(scores))
 
-    def label(thresholds):
+    def label(thresholds: Sequence[float]) -> None:
         for case in cases:
             for threshold in thresholds:
                 ndimage.label(case.mask > threshold, structure=np.ones((3, 3)))
 
-    def save():
+    def save() -> None:
         for case in cases:
             save_overlay(folder, "image", case)
 
-    def encode():
+    def encode() -> None:
         for canvas in canvases:
             canvas.save(io.BytesIO(), format="PNG", compress_level=1)
 
@@ -262,8 +261,8 @@ def measure_cache(paths: list[Path], *, rescale_factor: int, workers: int,
     """Prints and returns by how much a data set, prepared and read in batches, raises the peak."""
     before = peak_memory()
     dataset = prepare(paths, rescale_factor, workers)
-    for batch in cli.batched(torch.randperm(len(dataset)).tolist(), batch_size):
-        dataset[batch]
+    for batch in torch.randperm(len(dataset)).split(batch_size):
+        dataset[batch.tolist()]
     grown = peak_memory() - before
     print(f"{len(dataset)} images ({dataset.images.nbytes / 1e9:.2f} GB) prepared and read in "
           f"batches: peak memory grew by {grown / 1e6:.0f} MB")
@@ -277,7 +276,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="folder of DICOM files (default: %(default)s)")
     add("--images", type=cli.bounded(1, math.inf, int), default=250,
         help="how many; files repeat if they are fewer (default: %(default)s)")
-    add("--growth", default=False, action=Switch,
+    add("--growth", default=False, action=cli.Switch,
         help="measure at 1, 2 and 4 times --images (default: off)")
     add("--cache", type=cli.bounded(1, math.inf, int),
         help="first measure the memory that so many prepared images take")

@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -28,10 +29,12 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message holds the found value and the remedy."""
+    status = 2
 
 
 class InternalError(RuntimeError):
     """A fault of our own, whose traceback is already printed, leaves nothing to go on with."""
+    status = 1
 
 
 def default_path(variable: str, *parts: str) -> str:
@@ -42,31 +45,24 @@ def default_path(variable: str, *parts: str) -> str:
 def require(path: str | Path, kind: str, *, flag: str, variable: str | None = None) -> Path:
     """Returns `path` as a Path once it is a "file" or a "folder", or an "output" folder, which is
     created; raises InputError naming path, flag and variable if not."""
-    path = Path(path)
-    remedy = flag + (f", or set {variable}" if variable else "")
+    path, remedy = Path(path), flag + (f", or set {variable}" if variable else "")
     if kind == "output":
-        _prove_writable(path, remedy)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path, buffering=0) as probe:
+                probe.write(bytes(4096))
+        except OSError as error:
+            raise InputError(f"cannot write to {path} ({error.strerror}): give another folder "
+                             f"with {remedy}") from None
     elif not path.exists():
         raise InputError(f"{path} does not exist: give another with {remedy}")
     elif kind == "folder" and not path.is_dir():
-        is_zip = path.is_file() and zipfile.is_zipfile(path)
-        found, other = ("a zip file", "unpacks to") if is_zip else ("a file", "is in")
-        raise InputError(f"{path} is {found}, not a folder: give the folder that it {other} with "
-                         f"{remedy}")
+        found, other = "a file", "is in"
+        if zipfile.is_zipfile(path):
+            found, other = "a zip file", "unpacks to"
+        raise InputError(
+            f"{path} is {found}, not a folder: give the folder that it {other} with {remedy}")
     return path
-
-
-def _prove_writable(folder, remedy):
-    probe = folder / f".write-test-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(bytes(4096))
-    except OSError as error:
-        raise InputError(f"cannot write to {folder} ({error.strerror}): give another folder with "
-                         f"{remedy}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
 
 
 def result_folders(output: Path, data: Path) -> list[Path]:
@@ -76,6 +72,14 @@ def result_folders(output: Path, data: Path) -> list[Path]:
     if data.resolve() in output.parents:
         return [output]
     return [output / name for name in ("images", "validation", "logs")]
+
+
+class Switch(argparse.BooleanOptionalAction):
+    """--flag and --no-flag; the help stays as it is, to which Python 3.10 to 3.12 add a default."""
+
+    def __init__(self, *, help: str, **options):
+        super().__init__(**options)
+        self.help = help
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,29 +108,27 @@ def bounded(low: float, high: float, kind: type = float) -> Callable[[str], floa
     """A type for argparse: a number of `kind`, finite and in low..high."""
     allowed = f"{low:g} or more" if math.isinf(high) else f"between {low:g} and {high:g}"
 
-    def parse(text):
-        if not (low <= kind(text) <= high and math.isfinite(kind(text))):
+    def parse(text: str) -> float:
+        value = kind(text)
+        if value == math.inf or not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not {allowed}")
-        return kind(text)
+        return value
     parse.__name__ = "number"  # argparse: "invalid number value"
     return parse
 
 
 def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Cores that this process may use: a job or container often has fewer than the machine."""
-    if hasattr(os, "process_cpu_count"):
-        cores = os.process_cpu_count()
-    elif hasattr(os, "sched_getaffinity"):
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count()
     for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # v2, v1
         with contextlib.suppress(OSError, ValueError):  # no such file; "max"
             texts = [(cgroup / name).read_text() for name in names]
             quota, period = map(int, " ".join(texts).split())
             if quota > 0:
                 cores = min(cores, math.ceil(quota / period))
-    return cores or 1
+    return cores
 
 
 @contextlib.contextmanager
@@ -202,34 +204,38 @@ def _terminate(signum, frame):
     raise KeyboardInterrupt(signum)
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Runs a script's `main` and exits. Lines are flushed and SIGTERM ends it like Ctrl-C.
+def _explain(error):
+    """Exit status and message of an error that a user can mend, or whose traceback was printed;
+    raises any other again."""
+    text = str(error)
+    if isinstance(error, (InputError, InternalError)):
+        return error.status, text
+    if "No usable temporary directory" in text:
+        return 2, "no temporary folder can be written to: set TMPDIR to one"
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        place = error.filename or "output"
+        return 1, f"{error.strerror}: {place}; what was written before is intact"
+    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
+        return 1, "out of memory: lower --batch-size or raise --rescale-factor"
+    raise error
 
-    Status 2, with one line, for a user's error; 1, with one line, for a full or read-only disk, too
-    little memory and InternalError; 128 + the signal when stopped.
+
+def run(main: Callable[[], int | None]) -> None:
+    """Runs a script's `main` and exits with its status. Lines are flushed and SIGTERM ends it like
+    Ctrl-C, with status 128 + the signal.
+
+    An error is one line and status 2 if the user's, 1 if it is a full or read-only disk, too little
+    memory or InternalError; any other keeps its traceback.
     """
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        status, message = main(), None
-    except InputError as error:
-        status, message = 2, f"error: {error}"
-    except InternalError as error:
-        status, message = 1, f"error: {error}"
-    except OSError as error:
-        if "No usable temporary directory" in str(error):
-            status, message = 2, "error: no temporary folder can be written to: set TMPDIR to one"
-        elif error.errno in DISK_ERRORS:
-            status, message = 1, (f"error: {error.strerror}: {error.filename or 'output'}; "
-                                  "what was written before is intact")
-        else:
-            raise
-    except (MemoryError, RuntimeError) as error:
-        if "out of memory" not in str(error) and "allocate memory" not in str(error):
-            raise
-        status, message = 1, "error: out of memory: lower --batch-size or raise --rescale-factor"
+        status, message = main(), ""
     except KeyboardInterrupt as stop:
         status, message = 128 + (stop.args[0] if stop.args else signal.SIGINT), "stopped"
+    except Exception as error:
+        status, reason = _explain(error)
+        message = f"error: {reason}"
     if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)

@@ -5,7 +5,7 @@
 """
 
 import argparse
-import csv
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,22 +24,18 @@ TRAINING_COLUMNS = HEADER_COLUMNS + BOX_COLUMNS + ["Target", "class"]
 YEARS = {"": 1, "Y": 1, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
 MAX_AGE = 120  # years; the five ages of 148 and above in the challenge are typing errors
 SMALLEST_BOX = 2  # pixels a side; if all boxes are below, they are shares of the image
-UTF_16 = "UTF-16 text"
-OTHER_KINDS = {  # first bytes of a file named .csv that is not one
-    b"PK\x03\x04": "a zip archive or an Excel workbook", b"\x1f\x8b": "a gzip file",
-    b"\xff\xfe": UTF_16, b"\xfe\xff": UTF_16,
+OTHER_KINDS = {  # how a file named .csv starts that is not one
+    rb"PK\x03\x04": "a zip archive or an Excel workbook", rb"\x1f\x8b": "a gzip file",
+    rb"\xff\xfe|\xfe\xff|[^\0]{0,99}\0": "UTF-16 text",
 }
 
 
 def _header_row(path):
     header = read_header(path)
-    return header | {"PatientSex": _text(header["PatientSex"]),
-                     "PatientAge": _age(header["PatientAge"]),
-                     "ViewPosition": _text(header["ViewPosition"])}
-
-
-def _text(value):
-    return str(value).strip() or None if value is not None else None
+    for tag in ("PatientSex", "ViewPosition"):
+        header[tag] = str(header[tag] or "").strip() or None
+    header["PatientAge"] = _age(header["PatientAge"])
+    return header
 
 
 def _age(value):
@@ -77,33 +73,27 @@ def read_headers(folder: Path) -> pd.DataFrame:
     return table
 
 
-def _read_rows(path):
-    """Rows of a CSV file as {line number: fields}, those without any content apart.
+def _read_cells(path):
+    """All cells of a CSV file as stripped text, those of the first line included; the index holds
+    the line numbers, and lines without any content are left out.
 
     Raises InputError for a file that is not text in UTF-8, and for a row longer than the first one;
     commas at a row's end add no fields to it.
     """
     try:
-        with open(path, "rb") as file:
-            start = file.read(100)
-        for mark, kind in OTHER_KINDS.items():
-            if start.startswith(mark) or (kind == UTF_16 and b"\0" in start):
+        content = Path(path).read_bytes()
+        for start, kind in OTHER_KINDS.items():
+            if re.match(start, content):
                 raise cli.InputError(f"{path} is {kind}, not a table: save it as CSV in UTF-8")
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, skipinitialspace=True)
-            lines = [(reader.line_num, [field.strip() for field in row]) for row in reader]
-    except (UnicodeDecodeError, csv.Error, OSError) as error:
-        raise cli.InputError(f"{path} cannot be read as a table: {error}") from None
-    rows = {line: row for line, row in lines if any(row)}
-    if not rows:
-        raise cli.InputError(f"{path} cannot be read as a table: it is empty")
-    width = len(next(iter(rows.values())))
-    for line, row in rows.items():
-        if any(row[width:]):
-            raise cli.InputError(
-                f"{path}, line {line} has {len(row)} fields, the first line {width}")
-        row[width:] = [""] * (width - len(row))
-    return rows
+        text = re.sub(r"[, \t\r]+$", "", content.decode("utf-8-sig"), flags=re.MULTILINE)
+        cells = pd.read_csv(io.StringIO(text), header=None, dtype=str, na_filter=False,
+                            skip_blank_lines=False, skipinitialspace=True)
+    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        reason = str(error).strip()
+        raise cli.InputError(f"{path} cannot be read as a table: {reason}") from None
+    cells.index += 1
+    cells = cells.apply(lambda column: column.str.strip())
+    return cells[(cells != "").any(axis=1)]
 
 
 def read_table(path: Path, columns: list[str], optional: tuple[str, ...] = ()) -> pd.DataFrame:
@@ -113,22 +103,19 @@ def read_table(path: Path, columns: list[str], optional: tuple[str, ...] = ()) -
     height and Target as numbers. A byte order mark or Windows line ends may be there. Raises
     InputError naming the file, and line and value where one is wrong.
     """
-    head, *rows = _read_rows(path).items()
-    names = head[1]
-    missing = [column for column in columns if column not in names]
+    cells = _read_cells(path)
+    table = cells[1:].set_axis(cells.iloc[0], axis="columns").rename_axis(columns=None)
+    missing = [column for column in columns if column not in table]
     if missing:
         raise cli.InputError(
-            f"{path} has no column {', '.join(missing)}: it has {', '.join(names)}")
-    if not rows:
+            f"{path} has no column {', '.join(missing)}: it has {', '.join(table)}")
+    if table.empty:
         raise cli.InputError(f"{path} has no rows: give a complete table")
-    present = [*columns, *(column for column in optional if column in names)]
-    places = [names.index(column) for column in present]
-    cells = [[row[place] for place in places] for _, row in rows]
-    table = pd.DataFrame(cells, columns=present, index=[line for line, _ in rows])
+    table = table.loc[:, ~table.columns.duplicated()]
     table = table.reindex(columns=[*columns, *optional], fill_value="")
     _refuse(table["patientId"] == "", table, "patientId", path, "is empty")
     for column in set(BOX_COLUMNS + ["Target"]) & set(columns):
-        numbers = pd.to_numeric(table[column].replace("", None), errors="coerce")
+        numbers = pd.to_numeric(table[column], errors="coerce")
         wrong = (table[column] != "") & ~numbers.abs().lt(float("inf"))
         _refuse(wrong, table, column, path, "is not a finite number")
         table[column] = numbers
@@ -159,10 +146,9 @@ def read_boxes(path: Path) -> pd.DataFrame:
     for column in BOX_COLUMNS:
         missing = positive & table[column].isna()
         _refuse(missing, table, column, path, "is missing though Target is 1")
-    sides = table.loc[positive, ["width", "height"]]
-    for column in sides:
+    for column in ("width", "height"):
         _refuse(positive & (table[column] <= 0), table, column, path, "is not above 0")
-    if positive.any() and sides.max(axis=None) < SMALLEST_BOX:
+    if table.loc[positive, ["width", "height"]].max(axis=None) < SMALLEST_BOX:
         raise cli.InputError(
             f"{path} has no box of {SMALLEST_BOX} pixels: give x, y (of the upper left corner), "
             "width and height in pixels, not as shares of the image")

@@ -5,9 +5,9 @@ import mmap
 import os
 import random
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,14 +48,14 @@ class PneumoniaDataset(Dataset):
     """
 
     def __init__(self, files: Mapping[str, Path], boxes: Mapping[str, np.ndarray], *,
-                 views: Mapping[str, str] | None = None, rescale_factor: int = 4, workers: int = 1,
-                 progress: Callable[[Iterable], Iterable] = iter):
+                 views: Mapping[str, str] | None = None, rescale_factor: int = 4, workers: int = 1):
         self.side = IMAGE_SIDE // rescale_factor
         self._map = _allocate(len(files) * self.side**2)
         self.images = np.frombuffer(self._map, np.uint8).reshape(-1, self.side, self.side)
         self.patient_ids, self.original_sizes, self.skipped, self.notes = [], [], [], []
         readings = read_images(files.values(), rescale_factor=rescale_factor, workers=workers)
-        for (patient_id, path), reading in zip(files.items(), progress(readings)):
+        readings = progress(readings, total=len(files), description="prepare")
+        for (patient_id, path), reading in zip(files.items(), readings):
             self._add(patient_id, path, reading)
         self._check_skipped(len(files))
         self.boxes = [np.asarray(boxes[key], float).reshape(-1, 4) for key in self.patient_ids]
@@ -102,55 +102,55 @@ class PneumoniaDataset(Dataset):
 
 def _allocate(size):
     """A nameless temporary file of `size` bytes, mapped into memory."""
-    gigabytes = f"{size / 1e9:.1f} GB of prepared images"
-    try:
-        cache = tempfile.TemporaryFile()
-    except OSError:
-        raise InputError(f"no temporary folder can be written to, and {gigabytes} need one: "
-                         "set TMPDIR") from None
-    with cache as file:
+    with tempfile.TemporaryFile() as file:
         try:
-            # macOS and Windows have no posix_fallocate
-            getattr(os, "posix_fallocate", _extend)(file.fileno(), 0, size)
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):  # takes the room at once; not on macOS and Windows
+                os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
             raise InputError(
-                f"no room for {gigabytes} in {tempfile.gettempdir()} ({error.strerror}): set "
-                "TMPDIR to a larger disk, or raise --rescale-factor") from None
+                f"no room for {size / 1e9:.1f} GB of prepared images in {tempfile.gettempdir()} "
+                f"({error.strerror}): set TMPDIR to a larger disk, or raise --rescale-factor"
+            ) from None
         return mmap.mmap(file.fileno(), size)
 
 
-def _extend(descriptor, offset, size):
-    os.ftruncate(descriptor, offset + size)
+class Labelled(NamedTuple):
+    """Radiographs that have a file and labels, by patient_id."""
+    files: dict[str, Path]
+    boxes: dict[str, np.ndarray]  # (n, 4) in original pixels
+    views: dict[str, str]  # "AP", "PA" or ""
+    opacities: dict[str, bool]  # whether there are boxes
 
 
-def load_data(data: Path, labels: Path, *, output: Path, rescale_factor: int, workers: int,
-              seed: int, folds: int | None, fold: int | None,
-              limits: Mapping[str, int]) -> tuple[PneumoniaDataset, dict[str, list[int]]]:
-    """Prepares the images in folder `data` that the table `labels` names, apart from those in the
-    results of a run in `output`.
+def find_labelled(data: Path, labels: Path, output: Path) -> Labelled:
+    """The images in folder `data` that the table `labels` names, apart from those in the results
+    of a run in `output`.
 
-    Returns the data set and the indices of its parts "training", "validation" and, with folds,
-    "test"; `limits` may cut parts to so many images. Raises InputError if there are too few.
+    Raises InputError if there are too few to train on.
     """
     boxes, views = read_labels(labels)
-    files, skipped = find_dicom_files(data, result_folders(output, data))
+    found, skipped = find_dicom_files(data, result_folders(output, data))
     warn("files are left out", [f"{path} {reason}" for path, reason in skipped])
-    warn("ids of the table have no image and are left out", sorted(boxes.keys() - files.keys()))
-    opacities = {key: len(boxes[key]) > 0 for key in boxes if key in files}
+    warn("ids of the table have no image and are left out", sorted(boxes.keys() - found.keys()))
+    files = {key: found[key] for key in boxes if key in found}
+    opacities = {key: len(boxes[key]) > 0 for key in files}
     positive = sum(opacities.values())
-    if min(positive, len(opacities) - positive) < FEWEST:
+    negative = len(opacities) - positive
+    if min(positive, negative) < FEWEST:
         raise InputError(
-            f"{labels} and {data} share {positive} images with opacities and "
-            f"{len(opacities) - positive} without; training needs {FEWEST} of each: check --labels "
-            "and --data")
-    parts = split(opacities, seed=seed, folds=folds, fold=fold)
-    for name, limit in limits.items():
-        if len(parts.get(name, [])) > limit:
-            parts[name] = sorted(random.Random(seed).sample(parts[name], limit))
-    files = {key: files[key] for ids in parts.values() for key in ids}
-    dataset = PneumoniaDataset(
-        files, boxes, views=views, rescale_factor=rescale_factor, workers=workers,
-        progress=partial(progress, total=len(files), description="prepare"))
+            f"{labels} and {data} share {positive} images with opacities and {negative} without; "
+            f"training needs {FEWEST} of each: check --labels and --data")
+    return Labelled(files, boxes, views, opacities)
+
+
+def load_parts(labelled: Labelled, parts: Mapping[str, list[str]], *, rescale_factor: int,
+               workers: int) -> tuple[PneumoniaDataset, dict[str, list[int]]]:
+    """Prepares the images of all parts {name: ids}; returns the data set and the indices of each
+    part, without the images that cannot be read."""
+    files = {key: labelled.files[key] for ids in parts.values() for key in ids}
+    dataset = PneumoniaDataset(files, labelled.boxes, views=labelled.views,
+                               rescale_factor=rescale_factor, workers=workers)
     warn("images are read with a remark", [f"{path} {note}" for path, note in dataset.notes])
     warn("images cannot be read and are left out",
          [f"{path}: {problem}" for path, problem in dataset.skipped])
@@ -159,15 +159,29 @@ def load_data(data: Path, labels: Path, *, output: Path, rescale_factor: int, wo
                      for name, ids in parts.items()}
 
 
-def split(opacities: Mapping[str, bool], *, seed: int, folds: int | None,
-          fold: int | None) -> dict[str, list[str]]:
+def load_data(data: Path, labels: Path, *, output: Path, rescale_factor: int, workers: int,
+              seed: int, folds: int | None, fold: int | None,
+              limits: Mapping[str, int]) -> tuple[PneumoniaDataset, dict[str, list[int]]]:
+    """find_labelled, split and load_parts in one call."""
+    labelled = find_labelled(data, labels, output)
+    parts = split(labelled.opacities, seed=seed, folds=folds, fold=fold, limits=limits)
+    return load_parts(labelled, parts, rescale_factor=rescale_factor, workers=workers)
+
+
+def split(opacities: Mapping[str, bool], *, seed: int, folds: int | None = None,
+          fold: int | None = None, limits: Mapping[str, int] | None = None) -> dict[str, list[str]]:
     """Ids {patient_id: has_opacity} of each part: "training", "validation" and, with folds,
-    "test"."""
-    outside, test = split_fold(opacities, folds=folds, fold=fold) if folds else (opacities, None)
-    training, validation = split_patients({key: opacities[key] for key in outside},
-                                          validation_share=VALIDATION_SHARE, seed=seed)
-    parts = {"training": training, "validation": validation}
-    return parts if test is None else parts | {"test": test}
+    "test"; `limits` may cut parts to so many ids."""
+    test = {}
+    if folds:
+        outside, inside = split_fold(opacities, folds=folds, fold=fold)
+        opacities, test = {key: opacities[key] for key in outside}, {"test": inside}
+    training, validation = split_patients(opacities, seed=seed)
+    parts = {"training": training, "validation": validation, **test}
+    for name in parts.keys() & (limits or {}).keys():
+        if len(parts[name]) > limits[name]:
+            parts[name] = sorted(random.Random(seed).sample(parts[name], limits[name]))
+    return parts
 
 
 def split_fold(patient_ids: Iterable[str], *, folds: int, fold: int) -> tuple[list[str], list[str]]:
@@ -182,10 +196,9 @@ def split_fold(patient_ids: Iterable[str], *, folds: int, fold: int) -> tuple[li
     return parts
 
 
-def split_patients(labels: Mapping[str, bool], *, validation_share: float,
-                   seed: int) -> tuple[list[str], list[str]]:
-    """Splits {patient_id: has_opacity} at random, each class by itself, into (training,
-    validation) ids.
+def split_patients(labels: Mapping[str, bool], *, seed: int) -> tuple[list[str], list[str]]:
+    """Splits {patient_id: has_opacity} at random into (training, validation) ids: of each class,
+    VALIDATION_SHARE is held out.
 
     Depends on the ids and the seed alone, not on the order of the table: ids follow the batches of
     annotation.
@@ -193,11 +206,11 @@ def split_patients(labels: Mapping[str, bool], *, validation_share: float,
     rng = np.random.default_rng(seed)
     training, validation = [], []
     for has_opacity in (False, True):
-        ids = sorted(key for key, label in labels.items() if bool(label) == has_opacity)
+        ids = sorted(key for key, label in labels.items() if label == has_opacity)
         ids = rng.permutation(ids).tolist()
-        held_out = round(len(ids) * validation_share)
-        training.extend(ids[held_out:])
-        validation.extend(ids[:held_out])
+        held_out = round(len(ids) * VALIDATION_SHARE)
+        training += ids[held_out:]
+        validation += ids[:held_out]
     return sorted(training), sorted(validation)
 
 
@@ -223,13 +236,12 @@ class Augmentation:
         nodes = self._nodes(count).to(device, non_blocking=True)
         grid = F.interpolate(nodes, size, mode="bilinear", align_corners=True)
         grid = grid.permute(0, 2, 3, 1)  # (B, S, S, 2)
-        gamma = 2 ** self._uniform(count, self.exposure)
-        gain = 2 ** self._uniform(count, self.exposure / 2)
         images = F.grid_sample(images, grid, mode="bilinear", align_corners=True)
         masks = F.grid_sample(masks, grid, mode="nearest", align_corners=True)
         # exposure of the image alone
-        gamma = gamma.to(device, non_blocking=True).view(-1, 1, 1, 1)
-        gain = gain.to(device, non_blocking=True).view(-1, 1, 1, 1)
+        exponents = [self._uniform((count, 1, 1, 1), limit)
+                     for limit in (self.exposure, self.exposure / 2)]
+        gamma, gain = (2 ** torch.stack(exponents)).to(device, non_blocking=True)
         return (images**gamma * gain).clamp_(0, 1), masks
 
     def _nodes(self, count):

@@ -115,11 +115,14 @@ def average_precision_image(predicted_boxes, confidences, target_boxes) -> float
     predictions, targets = len(predicted_boxes), len(target_boxes)
     if not predictions or not targets:
         return 0.0 if predictions or targets else float("nan")
-    order = np.argsort(-np.asarray(confidences, float), kind="stable")
     # imported on use: importing torchvision needs a temporary folder, which prediction does not
-    from torchvision.ops import box_iou
+    from torchvision.ops import box_convert, box_iou
 
-    iou = box_iou(_corners(predicted_boxes)[order], _corners(target_boxes)).numpy()
+    order = np.argsort(-np.asarray(confidences, float), kind="stable")
+    # in float64: with float32 an IoU of exactly a threshold may exceed it
+    corners = [box_convert(torch.as_tensor(np.asarray(boxes, float)), "xywh", "xyxy")
+               for boxes in (predicted_boxes, target_boxes)]
+    iou = box_iou(*corners).numpy()[order]
     hits = np.array([_count_hits(iou, threshold) for threshold in IOU_THRESHOLDS])
     return float((hits / (predictions + targets - hits)).mean())
 
@@ -127,16 +130,9 @@ def average_precision_image(predicted_boxes, confidences, target_boxes) -> float
 def score_mask(mask: np.ndarray, original_size: tuple[int, int], target_boxes: np.ndarray,
                box_thresholds: Sequence[float]) -> list[float]:
     """Average precision of the boxes found at each box threshold, without a gate."""
-    found = [find_boxes(mask, original_size, Thresholds(box=threshold, gate=0))
-             for threshold in box_thresholds]
-    return [average_precision_image(*predicted, target_boxes) for predicted in found]
-
-
-def _corners(boxes):
-    """[x0, y0, x1, y1] in float64: with float32 an IoU of exactly a threshold may exceed it."""
-    from torchvision.ops import box_convert
-
-    return box_convert(torch.as_tensor(np.asarray(boxes, float)), "xywh", "xyxy")
+    thresholds = [Thresholds(box=threshold, gate=0) for threshold in box_thresholds]
+    return [average_precision_image(*find_boxes(mask, original_size, pair), target_boxes)
+            for pair in thresholds]
 
 
 def _count_hits(iou, threshold):

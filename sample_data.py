@@ -341,7 +341,7 @@ def remove_earlier(folder: Path) -> None:
             path.unlink()
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--train", type=cli.bounded(1, math.inf, int), default=240,
@@ -352,11 +352,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="the same seed gives the same data (default: %(default)s)")
     add("--output", default=cli.default_path("TRAINML_DATA_PATH"),
         help="folder for the data set (default: %(default)s)")
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+    args = make_parser().parse_args(argv)
     remove_earlier(Path(args.output))
     folder = cli.require(args.output, "output", flag="--output", variable="TRAINML_DATA_PATH")
     made = {"train": args.train, "test": args.test, "seed": args.seed}

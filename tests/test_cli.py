@@ -108,6 +108,19 @@ def test_a_flag_that_cannot_be_is_one_line_and_status_2(capsys, flags, message):
     assert capsys.readouterr().err == f"train.py: error: {message}; see --help\n"
 
 
+def test_the_help_of_a_switch_shows_its_default_once():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--debug", default=False, action=cli.Switch, help="short (default: off)")
+    assert parser.format_help().count("default") == 1
+
+
+@pytest.mark.parametrize("flags, value", [([], True), (["--no-x"], False), (["--x"], True)])
+def test_a_switch_is_turned_on_and_off(flags, value):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--x", default=True, action=cli.Switch, help="x")
+    assert parser.parse_args(flags).x is value
+
+
 @pytest.mark.parametrize("flag, value", [
     ("--rf", "3"), ("--bs", "0"), ("--workers", "0"), ("--device", "tpu"), ("--precision", "fp8")])
 def test_runtime_options_refuse_what_cannot_be(flag, value, capsys):
@@ -125,7 +138,7 @@ def test_runtime_options_refuse_what_cannot_be(flag, value, capsys):
     ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
 ])
 def test_the_quota_of_a_container_limits_the_cores(tmp_path, monkeypatch, files, cores):
-    monkeypatch.setattr(os, "process_cpu_count", lambda: 4, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
@@ -233,7 +246,9 @@ def end(capsys, monkeypatch):
      "error: no temporary folder can be written to: set TMPDIR to one"),
     (OSError(28, "No space left on device", "a.tar"), 1,
      "error: No space left on device: a.tar; what was written before is intact"),
-    (MemoryError("Unable to allocate memory"), 1,
+    (MemoryError("Unable to allocate 9 GiB"), 1,
+     "error: out of memory: lower --batch-size or raise --rescale-factor"),
+    (RuntimeError("not enough memory: you tried to allocate memory"), 1,
      "error: out of memory: lower --batch-size or raise --rescale-factor"),
     (RuntimeError("CUDA out of memory. Tried to"), 1,
      "error: out of memory: lower --batch-size or raise --rescale-factor"),

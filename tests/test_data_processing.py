@@ -28,7 +28,10 @@ def study(tmp_path, write_dicom):
     return tmp_path
 
 
-def build(study):
+def build(study, labels=None):
+    """The training table, after `labels` took the place of the label table."""
+    if labels is not None:
+        (study / "stage_2_train_labels.csv").write_text(labels)
     return dp.build_training_csv(study / "images", study, study)
 
 
@@ -85,10 +88,8 @@ def test_files_that_are_not_dicom_are_left_out_and_named_with_their_reasons(stud
 
 
 def test_labels_and_images_without_a_common_id_are_refused(study):
-    path = study / "stage_2_train_labels.csv"
-    path.write_text("patientId,x,y,width,height,Target\nd,,,,,0\n")
     with pytest.raises(InputError, match="no image in .* has a label in .*--images and --labels"):
-        build(study)
+        build(study, LABELS.splitlines()[0] + "\nd,,,,,0\n")
 
 
 @pytest.mark.parametrize("name, old, new, message", [
@@ -125,27 +126,23 @@ def test_byte_order_mark_and_windows_line_ends(study):
 
 
 def test_boxes_outside_the_image_are_named(study, capsys):
-    path = study / "stage_2_train_labels.csv"
-    path.write_text(LABELS.replace("a,5,1,2,2,1", "a,5,1,20,2,1"))
-    build(study)
+    build(study, LABELS.replace("a,5,1,2,2,1", "a,5,1,20,2,1"))
     assert "1 boxes reach beyond their image" in capsys.readouterr().out
 
 
 def test_boxes_outside_their_image_are_dropped_with_an_image_left_without_a_box(study, capsys):
-    path = study / "stage_2_train_labels.csv"
     labels = LABELS.replace("a,5,1,2,2,1", "a,8,1,2,2,1").replace("b,,,,,0", "b,-3,0,3,4,1")
-    path.write_text(labels)
-    table = build(study)
+    table = build(study, labels)
     assert table["patientId"].tolist() == ["a", "c"] and table["x"].tolist()[0] == 1
     assert "2 boxes lie outside their image and are dropped" in capsys.readouterr().out
 
 
 def test_exact_repeats_of_a_label_row_are_dropped_and_counted(study, capsys):
     expected = build(study)
-    path = study / "stage_2_train_labels.csv"
-    path.write_text(LABELS + "a,1.0,2,3,4,1\nb,,,,,0\n")
-    pd.testing.assert_frame_equal(build(study), expected)
-    assert f"2 rows of {path} repeat others and are dropped: a, b" in capsys.readouterr().out
+    repeated = build(study, LABELS + "a,1.0,2,3,4,1\nb,,,,,0\n")
+    pd.testing.assert_frame_equal(repeated, expected)
+    line = f"2 rows of {study / dp.TABLES[0]} repeat others and are dropped: a, b"
+    assert line in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"])
@@ -160,16 +157,14 @@ def test_commas_at_the_end_of_rows_change_nothing(study, name, rows):
 
 def test_a_row_with_too_many_fields_is_refused_with_its_line(study):
     labels = LABELS.replace("a,5,1,2,2,1", "\na,5,1,2,2,1,7")
-    (study / "stage_2_train_labels.csv").write_text(labels)
-    with pytest.raises(InputError, match="labels.csv, line 4 has 7 fields, the first line 6"):
-        build(study)
+    with pytest.raises(InputError, match="labels.csv cannot .*Expected 6 fields in line 4, saw 7$"):
+        build(study, labels)
 
 
 def test_boxes_as_shares_of_the_image_are_refused(study):
-    path = study / "stage_2_train_labels.csv"
-    path.write_text("patientId,x,y,width,height,Target\na,0.5,0.25,0.2,1,1\nb,,,,,0\nc,,,,,0\n")
+    head, *_, b, c = LABELS.splitlines()
     with pytest.raises(InputError, match="no box of 2 pixels.*not as shares of the image"):
-        build(study)
+        build(study, "\n".join([head, "a,0.5,0.25,0.2,1,1", b, c]))
 
 
 @pytest.mark.parametrize("content, words", [

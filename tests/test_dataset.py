@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+import cli
 import dataset as ds
 import readers
 from cli import InputError, InternalError
@@ -126,8 +127,10 @@ def test_without_a_temporary_folder_a_line_says_what_to_set(tmp_path, monkeypatc
     def refuse():
         raise FileNotFoundError(2, "No usable temporary directory found")
     monkeypatch.setattr(ds.tempfile, "TemporaryFile", refuse)
-    with pytest.raises(InputError, match="no temporary folder .*TMPDIR"):
+    with pytest.raises(OSError) as error:
         ds.PneumoniaDataset({"a": tmp_path / "a.dcm"}, {"a": ()})
+    status, message = cli._explain(error.value)
+    assert status == 2 and message.endswith("set TMPDIR to one")
 
 
 def test_the_cache_does_without_posix_fallocate(twenty, monkeypatch):
@@ -156,19 +159,19 @@ LABELS = {f"id{i:03}": i % 4 == 0 for i in range(200)}
 
 
 def test_a_split_depends_on_ids_and_seed_and_not_on_their_order():
-    first = ds.split_patients(LABELS, validation_share=0.1, seed=1)
-    again = ds.split_patients(dict(reversed(LABELS.items())), validation_share=0.1, seed=1)
-    other = ds.split_patients(LABELS, validation_share=0.1, seed=2)
+    first = ds.split_patients(LABELS, seed=1)
+    again = ds.split_patients(dict(reversed(LABELS.items())), seed=1)
+    other = ds.split_patients(LABELS, seed=2)
     assert first == again and first[1] != other[1]
 
 
 def test_a_split_gives_every_id_to_one_part():
-    training, validation = ds.split_patients(LABELS, validation_share=0.1, seed=1)
+    training, validation = ds.split_patients(LABELS, seed=1)
     assert sorted(training + validation) == sorted(LABELS)
 
 
 def test_a_split_takes_its_share_of_each_class():
-    _, validation = ds.split_patients(LABELS, validation_share=0.1, seed=1)
+    _, validation = ds.split_patients(LABELS, seed=1)
     assert len(validation) == 20 and sum(LABELS[key] for key in validation) == 5
 
 
@@ -185,7 +188,7 @@ def test_folds_share_no_id_and_leave_none_out():
 
 def test_without_folds_there_are_two_parts():
     parts = ds.split(LABELS, seed=1, folds=None, fold=None)
-    training, validation = ds.split_patients(LABELS, validation_share=0.1, seed=1)
+    training, validation = ds.split_patients(LABELS, seed=1)
     assert parts == {"training": training, "validation": validation}
 
 
@@ -197,14 +200,38 @@ def test_with_folds_training_and_validation_split_what_is_outside_the_fold():
     assert len(parts["validation"]) == pytest.approx(len(outside) / 10, abs=1)
 
 
-def load(phantoms, train_csv, output, **changes):
-    options = {"output": output, "rescale_factor": 16, "workers": 2, "seed": 42, "folds": None,
-               "fold": None, "limits": {}} | changes
-    return ds.load_data(phantoms / "stage_2_train_images", train_csv, **options)
+LIMITS = {"training": 5, "test": 1}
 
 
-def test_all_labelled_images_are_loaded_in_two_parts(phantoms, train_csv, tmp_path):
-    dataset, parts = load(phantoms, train_csv, tmp_path)
+def test_limits_cut_the_parts_to_some_of_their_ids():
+    whole = ds.split(LABELS, seed=1, folds=3, fold=1)
+    cut = ds.split(LABELS, seed=1, folds=3, fold=1, limits=LIMITS)
+    assert {name: len(ids) for name, ids in cut.items()} == LIMITS | {
+        "validation": len(whole["validation"])}
+    assert all(set(ids) <= set(whole[name]) for name, ids in cut.items())
+
+
+def test_limits_above_the_size_of_a_part_change_nothing():
+    whole = ds.split(LABELS, seed=1)
+    assert ds.split(LABELS, seed=1, limits={"training": 180, "validation": 21}) == whole
+
+
+# From files and tables to a data set
+
+
+def load(data, train_csv, output, limits=None):
+    labelled = ds.find_labelled(data, train_csv, output)
+    parts = ds.split(labelled.opacities, seed=42, limits=limits)
+    return ds.load_parts(labelled, parts, rescale_factor=16, workers=2)
+
+
+@pytest.fixture
+def images(phantoms):
+    return phantoms / "stage_2_train_images"
+
+
+def test_all_labelled_images_are_loaded_in_two_parts(images, train_csv, tmp_path):
+    dataset, parts = load(images, train_csv, tmp_path)
     assert {name: len(part) for name, part in parts.items()} == {"training": 36, "validation": 4}
     assert sorted(parts["training"] + parts["validation"]) == list(range(40))
     assert len(dataset) == 40
@@ -212,35 +239,33 @@ def test_all_labelled_images_are_loaded_in_two_parts(phantoms, train_csv, tmp_pa
     assert set(dataset.views) == {"AP", "PA"}
 
 
-def test_limits_cut_the_parts_before_images_are_read(phantoms, train_csv, tmp_path):
-    whole, parts = load(phantoms, train_csv, tmp_path)
-    cut, fewer = load(phantoms, train_csv, tmp_path, limits={"training": 5, "test": 1})
+def test_limits_cut_the_parts_before_images_are_read(images, train_csv, tmp_path):
+    whole, parts = load(images, train_csv, tmp_path)
+    cut, fewer = load(images, train_csv, tmp_path, limits={"training": 5, "test": 1})
     assert len(cut) == 9 and len(fewer["training"]) == 5
     kept = {whole.patient_ids[index] for index in parts["training"]}
     assert {cut.patient_ids[index] for index in fewer["training"]} < kept
 
 
-def test_an_unreadable_image_is_left_out_of_its_part(phantoms, train_csv, tmp_path, capsys):
-    for path in (phantoms / "stage_2_train_images").iterdir():
+def test_an_unreadable_image_is_left_out_of_its_part(images, train_csv, tmp_path, capsys):
+    for path in images.iterdir():
         (tmp_path / path.name).symlink_to(path)
     (tmp_path / path.name).unlink()
     (tmp_path / path.name).write_text("no DICOM")
-    options = {"output": tmp_path / "output", "rescale_factor": 16, "workers": 2, "seed": 42,
-               "folds": None, "fold": None, "limits": {}}
-    dataset, parts = ds.load_data(tmp_path, train_csv, **options)
+    dataset, parts = load(tmp_path, train_csv, tmp_path / "output")
     assert path.stem not in dataset.patient_ids
     assert sorted(parts["training"] + parts["validation"]) == list(range(39))
     assert f"1 images cannot be read and are left out: {tmp_path / path.name}: is not a DICOM" in (
         capsys.readouterr().out)
 
 
-def test_too_few_images_of_a_class_are_refused_with_both_counts(phantoms, train_csv, tmp_path):
+def test_too_few_images_of_a_class_are_refused_with_both_counts(images, train_csv, tmp_path):
     rows = train_csv.read_text().splitlines()
     negative = [row for row in rows[1:] if ",0," in row]
     positive = [row for row in rows[1:] if row not in negative]
     (tmp_path / "train.csv").write_text("\n".join([rows[0], *positive, *negative[:9]]))
     with pytest.raises(InputError, match="share 16 images with opacities and 9 without; .* 10 of"):
-        load(phantoms, tmp_path / "train.csv", tmp_path)
+        load(images, tmp_path / "train.csv", tmp_path)
 
 
 # Augmentation
