@@ -128,11 +128,13 @@ def average_precision_image(predicted_boxes, confidences, target_boxes) -> float
 
 
 def score_mask(mask: np.ndarray, original_size: tuple[int, int], target_boxes: np.ndarray,
-               box_thresholds: Sequence[float]) -> list[float]:
+               box_thresholds: Sequence[float],
+               size_weight: float = Thresholds().size_weight) -> list[float]:
     """Average precision of the boxes found at each box threshold, without a gate."""
-    thresholds = [Thresholds(box=threshold, gate=0) for threshold in box_thresholds]
+    pairs = [Thresholds(box=threshold, gate=0, size_weight=size_weight)
+             for threshold in box_thresholds]
     return [average_precision_image(*find_boxes(mask, original_size, pair), target_boxes)
-            for pair in thresholds]
+            for pair in pairs]
 
 
 def _count_hits(iou, threshold):
