@@ -145,6 +145,8 @@ def add_recipe_options(add: Callable) -> None:
         help="term in the optimizer's denominator, not for sgd (default: PyTorch's)")
     add("--weight-decay", "--wd", type=cli.bounded(0, math.inf),
         help=f"0 or more (default: {_defaults('weight_decay')}, else 0)")
+    add("--width", type=cli.bounded(2, 512, int), default=64,
+        help="channels at the U-Net's first level, even, 2 to 512 (default: %(default)s)")
     add("--bn-momentum", type=cli.bounded(0, 1), default=0.1,
         help="share of a batch in BatchNorm's running statistics, 0 to 1 (default: %(default)s)")
     add("--bn-eps", type=above_0, default=1e-5,
@@ -168,6 +170,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, A
     args = parser.parse_args(argv)
     if args.checkpoint:
         model, state = load_checkpoint(cli.require(args.checkpoint, "file", flag="--checkpoint"))
+        parser.set_defaults(width=model.config["width"])
     if "optimizer" in state:
         stored = {key: value for key, value in state["args"].items() if key not in PATH_FLAGS}
         parser.set_defaults(**stored)
@@ -235,8 +238,8 @@ def build_model(args: argparse.Namespace, model: PneumoniaUNET | None = None) ->
     """A new network, or the checkpoint's if the flags fit it; raises InputError if not."""
     if model is None:
         return PneumoniaUNET.for_images(
-            args.rescale_factor, alpha_leaky=args.alpha_leaky, bn_eps=args.bn_eps,
-            bn_momentum=args.bn_momentum)
+            args.rescale_factor, width=args.width, alpha_leaky=args.alpha_leaky,
+            bn_eps=args.bn_eps, bn_momentum=args.bn_momentum)
     for key, value in model.config.items():
         _refuse_if(getattr(args, key, value) != value, f"the checkpoint's network has {key} "
                    f"{value}: give --{key.replace('_', '-')} {value}")
@@ -248,6 +251,7 @@ def build_optimizer(model: torch.nn.Module, args: argparse.Namespace,
                     total_steps: int) -> tuple[torch.optim.Optimizer, Any]:
     """The optimizer and its schedule: linear warm-up, then a cosine down to a share of the peak."""
     optimizer_class, options = OPTIMIZERS[args.optimizer]
+    options = options | {"fused": True}
     given = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "eps": args.eps,
              "momentum": args.momentum}
     options = options | {key: value for key, value in given.items() if value is not None}
