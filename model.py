@@ -52,38 +52,40 @@ class PneumoniaUNET(nn.Module):
 
     The pixels of a patch are the channels of the first convolution, and the patches' logits are
     interpolated to pixels: opacities are large, so this is as good as a U-Net on pixels, and takes
-    1 / patch_size**2 of its time. `alpha_leaky` is the negative slope of every LeakyReLU;
-    `bn_momentum` and `bn_eps` follow PyTorch's convention. `legacy` builds the network of the
-    earlier implementation, whose last block ends in BatchNorm and LeakyReLU.
+    1 / patch_size**2 of its time. `width` is the number of channels at the first level; the weights
+    grow with its square. `alpha_leaky` is the negative slope of every LeakyReLU; `bn_momentum` and
+    `bn_eps` follow PyTorch's convention. `legacy` builds the network of the earlier implementation,
+    whose last block ends in BatchNorm and LeakyReLU.
     """
 
-    def __init__(self, *, patch_size: int = 1, alpha_leaky: float = 0.03, bn_eps: float = 1e-5,
-                 bn_momentum: float = 0.1, legacy: bool = False):
+    def __init__(self, *, patch_size: int = 1, width: int = 64, alpha_leaky: float = 0.03,
+                 bn_eps: float = 1e-5, bn_momentum: float = 0.1, legacy: bool = False):
         super().__init__()
         options = {"alpha_leaky": alpha_leaky, "bn_eps": bn_eps, "bn_momentum": bn_momentum}
-        self.config = {"patch_size": patch_size, "legacy": legacy, **options}
+        self.config = {"patch_size": patch_size, "width": width, "legacy": legacy, **options}
         self.patch_size = patch_size
 
         def conv2(in_channels, mid_channels, out_channels, plain=False):
             return nn.Sequential(ConvBlock(in_channels, mid_channels, **options),
                                  ConvBlock(mid_channels, out_channels, plain=plain, **options))
 
-        self.down_1 = conv2(patch_size**2, 64, 64)
-        self.down_2 = conv2(64, 128, 128)
-        self.down_3 = conv2(128, 256, 256)
-        self.down_4 = conv2(256, 512, 512)
-        self.down_5 = conv2(512, 512, 512)
-        self.middle = conv2(512, 512, 512)
-        self.middle_t = UpBlock(512, 256, **options)
-        self.up_5 = conv2(512 + 256, 512, 512)
-        self.up_5_t = UpBlock(512, 256, **options)
-        self.up_4 = conv2(512 + 256, 512, 512)
-        self.up_4_t = UpBlock(512, 128, **options)
-        self.up_3 = conv2(256 + 128, 256, 256)
-        self.up_3_t = UpBlock(256, 64, **options)
-        self.up_2 = conv2(128 + 64, 128, 128)
-        self.up_2_t = UpBlock(128, 32, **options)
-        self.up_1 = conv2(64 + 32, 64, 1, plain=not legacy)
+        w = width
+        self.down_1 = conv2(patch_size**2, w, w)
+        self.down_2 = conv2(w, 2 * w, 2 * w)
+        self.down_3 = conv2(2 * w, 4 * w, 4 * w)
+        self.down_4 = conv2(4 * w, 8 * w, 8 * w)
+        self.down_5 = conv2(8 * w, 8 * w, 8 * w)
+        self.middle = conv2(8 * w, 8 * w, 8 * w)
+        self.middle_t = UpBlock(8 * w, 4 * w, **options)
+        self.up_5 = conv2(8 * w + 4 * w, 8 * w, 8 * w)
+        self.up_5_t = UpBlock(8 * w, 4 * w, **options)
+        self.up_4 = conv2(8 * w + 4 * w, 8 * w, 8 * w)
+        self.up_4_t = UpBlock(8 * w, 2 * w, **options)
+        self.up_3 = conv2(4 * w + 2 * w, 4 * w, 4 * w)
+        self.up_3_t = UpBlock(4 * w, w, **options)
+        self.up_2 = conv2(2 * w + w, 2 * w, 2 * w)
+        self.up_2_t = UpBlock(2 * w, w // 2, **options)
+        self.up_1 = conv2(w + w // 2, w, 1, plain=not legacy)
         self._initialize(alpha_leaky)
 
     @classmethod
@@ -113,16 +115,16 @@ class PneumoniaUNET(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images (B, 1, P * H, P * W) in 0..1 -> mask logits of the same shape; P: patch size."""
         x = F.pixel_unshuffle(images, self.patch_size)    # (B, P * P, H, W)
-        down_1 = self.down_1(x)                           # (B, 64, H, W)
-        down_2 = self.down_2(F.max_pool2d(down_1, 2))     # (B, 128, H/2, W/2)
-        down_3 = self.down_3(F.max_pool2d(down_2, 2))     # (B, 256, H/4, W/4)
-        down_4 = self.down_4(F.max_pool2d(down_3, 2))     # (B, 512, H/8, W/8)
-        down_5 = self.down_5(F.max_pool2d(down_4, 2))     # (B, 512, H/16, W/16)
-        middle = self.middle(F.max_pool2d(down_5, 2))     # (B, 512, H/32, W/32)
-        x = self.up_5(self.middle_t(middle, down_5))      # (B, 512, H/16, W/16)
-        x = self.up_4(self.up_5_t(x, down_4))             # (B, 512, H/8, W/8)
-        x = self.up_3(self.up_4_t(x, down_3))             # (B, 256, H/4, W/4)
-        x = self.up_2(self.up_3_t(x, down_2))             # (B, 128, H/2, W/2)
+        down_1 = self.down_1(x)                           # (B, w, H, W), w: width
+        down_2 = self.down_2(F.max_pool2d(down_1, 2))     # (B, 2w, H/2, W/2)
+        down_3 = self.down_3(F.max_pool2d(down_2, 2))     # (B, 4w, H/4, W/4)
+        down_4 = self.down_4(F.max_pool2d(down_3, 2))     # (B, 8w, H/8, W/8)
+        down_5 = self.down_5(F.max_pool2d(down_4, 2))     # (B, 8w, H/16, W/16)
+        middle = self.middle(F.max_pool2d(down_5, 2))     # (B, 8w, H/32, W/32)
+        x = self.up_5(self.middle_t(middle, down_5))      # (B, 8w, H/16, W/16)
+        x = self.up_4(self.up_5_t(x, down_4))             # (B, 8w, H/8, W/8)
+        x = self.up_3(self.up_4_t(x, down_3))             # (B, 4w, H/4, W/4)
+        x = self.up_2(self.up_3_t(x, down_2))             # (B, 2w, H/2, W/2)
         logits = self.up_1(self.up_2_t(x, down_1))        # (B, 1, H, W)
         return F.interpolate(logits, images.shape[-2:], mode="bilinear")
 
@@ -195,6 +197,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[Pne
     checkpoint = _read_checkpoint(path, device)
     weights = checkpoint["state_dict"]
     config = dict(checkpoint.get("config") or {"legacy": "up_1.1.bn.weight" in weights})
+    config.setdefault("width", 64)  # of all networks before it was an option
     if "earlier" in config:  # the name of `legacy` in our first files
         config["legacy"] = config.pop("earlier")
     try:

@@ -44,6 +44,8 @@ OPTIMIZERS = {  # class, default overrides
     "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
     "adagrad": (torch.optim.Adagrad, {"lr": 0.05, "initial_accumulator_value": 0.1}),
 }
+FUSED = {"adam": ("cpu", "cuda"), "adamw": ("cpu", "cuda"), "sgd": ("cpu", "cuda"),
+         "adagrad": ("cpu",)}  # devices with a fused form in all versions of PyTorch from 2.6
 POSITIVE_WEIGHT = 2  # how much more often an image with opacities is drawn in training
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 DEBUG_EPOCHS, DEBUG_STEPS, DEBUG_VALIDATION_STEPS, DEBUG_IMAGES = 2, 50, 10, 100
@@ -147,6 +149,8 @@ def add_recipe_options(add: Callable) -> None:
         help="term in the optimizer's denominator, not for sgd (default: PyTorch's)")
     add("--weight-decay", "--wd", type=cli.bounded(0, math.inf),
         help=f"0 or more (default: {_defaults('weight_decay')}, else 0)")
+    add("--width", type=cli.bounded(2, 512, int), default=64,
+        help="channels at the U-Net's first level, 2 to 512 (default: %(default)s)")
     add("--bn-momentum", type=cli.bounded(0, 1), default=0.1,
         help="share of a batch in BatchNorm's running statistics, 0 to 1 (default: %(default)s)")
     add("--bn-eps", type=above_0, default=1e-5,
@@ -170,6 +174,8 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, A
     args = parser.parse_args(argv)
     if args.checkpoint:
         model, state = load_checkpoint(cli.require(args.checkpoint, "file", flag="--checkpoint"))
+        parser.set_defaults(width=model.config["width"])
+        args = parser.parse_args(argv)
     if "optimizer" in state:
         stored = {key: value for key, value in state["args"].items() if key not in PATH_FLAGS}
         parser.set_defaults(**stored)
@@ -237,8 +243,8 @@ def build_model(args: argparse.Namespace, model: PneumoniaUNET | None = None) ->
     """A new network, or the checkpoint's if the flags fit it; raises InputError if not."""
     if model is None:
         return PneumoniaUNET.for_images(
-            args.rescale_factor, alpha_leaky=args.alpha_leaky, bn_eps=args.bn_eps,
-            bn_momentum=args.bn_momentum)
+            args.rescale_factor, width=args.width, alpha_leaky=args.alpha_leaky,
+            bn_eps=args.bn_eps, bn_momentum=args.bn_momentum)
     for key, value in model.config.items():
         _refuse_if(getattr(args, key, value) != value, f"the checkpoint's network has {key} "
                    f"{value}: give --{key.replace('_', '-')} {value}")
@@ -246,13 +252,16 @@ def build_model(args: argparse.Namespace, model: PneumoniaUNET | None = None) ->
     return model
 
 
-def build_optimizer(model: torch.nn.Module, args: argparse.Namespace,
-                    total_steps: int) -> tuple[torch.optim.Optimizer, Any]:
-    """The optimizer and its schedule: linear warm-up, then a cosine down to a share of the peak."""
+def build_optimizer(model: torch.nn.Module, args: argparse.Namespace, total_steps: int,
+                    stored: dict | None = None) -> tuple[torch.optim.Optimizer, Any]:
+    """The optimizer and its schedule: linear warm-up, then a cosine down to a share of the peak.
+    `stored` is the optimizer's state in a run to continue."""
     optimizer_class, options = OPTIMIZERS[args.optimizer]
     given = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "eps": args.eps,
              "momentum": args.momentum}
     options = options | {key: value for key, value in given.items() if value is not None}
+    device = next(model.parameters()).device.type
+    options = options | fused_form(args.optimizer, device, stored)
     optimizer = optimizer_class(model.parameters(), **options)
     warmup = math.ceil(WARMUP * total_steps)
 
@@ -265,12 +274,21 @@ def build_optimizer(model: torch.nn.Module, args: argparse.Namespace,
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
 
 
+def fused_form(optimizer: str, device: str, stored: dict | None) -> dict[str, bool]:
+    """The option for one kernel over all weights, where PyTorch has it; a run to continue keeps the
+    form that it began with, since their results differ in the last bits."""
+    is_fused = device in FUSED.get(optimizer, ())
+    if stored:
+        is_fused = stored["param_groups"][0].get("fused")
+    return {"fused": True} if is_fused else {}
+
+
 def build_training(model: PneumoniaUNET, args: argparse.Namespace, total_steps: int,
-                   runtime: Runtime) -> Training:
+                   runtime: Runtime, stored: dict | None = None) -> Training:
     """Puts the model on the device with all that its training needs."""
     model = model.to(runtime.device, memory_format=torch.channels_last)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
-    optimizer, scheduler = build_optimizer(model, args, total_steps)
+    optimizer, scheduler = build_optimizer(model, args, total_steps, stored)
     return Training(model, optimizer, scheduler, scaler, Augmentation(torch.Generator()), runtime)
 
 
@@ -595,7 +613,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepared = time.monotonic()
 
     # optimizer; a continued run takes up its states
-    training = build_training(model, args, args.epochs * len(loader), runtime)
+    total_steps = args.epochs * len(loader)
+    training = build_training(model, args, total_steps, runtime, state.get("optimizer"))
     if "optimizer" in state:
         resume(training, state, Path(args.checkpoint).parent, save)
     history = list(state.get("history", []))

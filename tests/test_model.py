@@ -244,3 +244,16 @@ def test_auto_takes_the_cpu_where_nothing_else_is_there(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     runtime = choose_runtime("auto", "auto")
     assert runtime.device.type == "cpu" and runtime.dtype in (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("width, millions", [(64, 31.0), (32, 7.8), (16, 1.9)])
+def test_the_weights_grow_with_the_square_of_the_width(width, millions):
+    weights = sum(value.numel() for value in PneumoniaUNET(width=width).parameters())
+    assert weights / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+def test_a_file_from_before_the_width_was_an_option_has_64_channels(tmp_path):
+    model = PneumoniaUNET(width=64)
+    del model.config["width"]
+    save_checkpoint(tmp_path / "old.pth.tar", model)
+    assert load_checkpoint(tmp_path / "old.pth.tar")[0].config["width"] == 64

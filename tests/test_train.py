@@ -276,6 +276,15 @@ def test_a_warm_start_keeps_the_patches_of_its_network(tmp_path):
     assert warm_start(tmp_path, PneumoniaUNET(patch_size=2))[0].patch_size == 2
 
 
+def test_a_warm_start_keeps_the_width_of_its_network(tmp_path):
+    assert warm_start(tmp_path, PneumoniaUNET(width=4))[0].config["width"] == 4
+
+
+def test_a_warm_start_refuses_another_width(tmp_path):
+    with pytest.raises(InputError, match="has width 4: give --width 4"):
+        warm_start(tmp_path, PneumoniaUNET(width=4), "--width", "8")
+
+
 def test_a_warm_start_refuses_flags_of_another_network(tmp_path):
     with pytest.raises(InputError, match="give --alpha-leaky 0.1"):
         warm_start(tmp_path, PneumoniaUNET(alpha_leaky=0.1))
@@ -319,6 +328,18 @@ def test_loss_falls_towards_the_truth():
     masks[0, :, 2:6, 2:6] = 1
     right, wrong = 20 * masks - 10, 10 - 20 * masks
     assert train.combined_loss(right, masks) < 0.01 < 10 < train.combined_loss(wrong, masks)
+
+
+@pytest.mark.parametrize("optimizer, device, fused", [
+    ("adamw", "cpu", True), ("adamw", "cuda", True), ("adamw", "mps", False),
+    ("adagrad", "cpu", True), ("adagrad", "cuda", False), ("adamax", "cpu", False)])
+def test_an_optimizer_is_fused_where_pytorch_has_that_form(optimizer, device, fused):
+    assert train.fused_form(optimizer, device, None) == ({"fused": True} if fused else {})
+
+
+@pytest.mark.parametrize("stored", [{}, {"fused": None}, {"fused": False}])
+def test_a_run_that_began_without_the_fused_form_goes_on_without(stored):
+    assert not train.fused_form("adamw", "cpu", {"param_groups": [stored]})
 
 
 def test_too_little_room_for_checkpoints_is_found_out_before_training(tmp_path, monkeypatch):
