@@ -58,7 +58,7 @@ class PneumoniaUNET(nn.Module):
     whose last block ends in BatchNorm and LeakyReLU.
     """
 
-    def __init__(self, *, patch_size: int = 1, width: int = 64, alpha_leaky: float = 0.03,
+    def __init__(self, *, patch_size: int = 1, width: int = 32, alpha_leaky: float = 0.03,
                  bn_eps: float = 1e-5, bn_momentum: float = 0.1, legacy: bool = False):
         super().__init__()
         options = {"alpha_leaky": alpha_leaky, "bn_eps": bn_eps, "bn_momentum": bn_momentum}

@@ -149,7 +149,7 @@ def add_recipe_options(add: Callable) -> None:
         help="term in the optimizer's denominator, not for sgd (default: PyTorch's)")
     add("--weight-decay", "--wd", type=cli.bounded(0, math.inf),
         help=f"0 or more (default: {_defaults('weight_decay')}, else 0)")
-    add("--width", type=cli.bounded(2, 512, int), default=64,
+    add("--width", type=cli.bounded(2, 512, int), default=32,
         help="channels at the U-Net's first level, 2 to 512 (default: %(default)s)")
     add("--bn-momentum", type=cli.bounded(0, 1), default=0.1,
         help="share of a batch in BatchNorm's running statistics, 0 to 1 (default: %(default)s)")
