@@ -92,15 +92,21 @@ def _legend(with_truth):
     return strip
 
 
-def save_overlay(folder: Path, patient_id: str, overlay: Overlay) -> None:
-    """Writes `folder`/<patient_id>.png; a name that the disk does not take is printed."""
+def encode_overlay(overlay: Overlay) -> bytes:
+    """The picture as a PNG file."""
     content = io.BytesIO()
     draw_overlay(overlay).save(content, format="PNG", compress_level=1)  # 3 times faster than 6
+    return content.getvalue()
+
+
+def save_overlay(folder: Path, patient_id: str, overlay: Overlay) -> None:
+    """Writes `folder`/<patient_id>.png; a name that the disk does not take is printed."""
+    content = encode_overlay(overlay)
     path = folder / os.fsdecode(f"{patient_id}.png".encode())  # UTF-8 whatever the locale
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
-            file.write(content.getbuffer())
+            file.write(content)
     except OSError as error:
         if error.errno not in NAME_ERRORS:
             raise
