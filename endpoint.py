@@ -204,8 +204,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
         listener = socket.create_server((args.host, args.port), family=family)
     except OSError as error:
-        raise cli.InputError(f"cannot listen on port {args.port} of {args.host} "
-                             f"({error.strerror}): give others with --port and --host")
+        reason = error.strerror.partition(" (")[0]
+        raise cli.InputError(f"cannot listen on port {args.port} of {args.host} ({reason}): give "
+                             "others with --port and --host")
     network = load_network()
     print(f"ready at http://{args.host}:{listener.getsockname()[1]}; not for clinical use")
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
