@@ -36,9 +36,10 @@ import train
 from data_processing import read_headers
 from dataset import PneumoniaDataset
 from dicom import TAGS, TRAIN_IMAGES, find_dicom_files
-from drawing import Overlay, draw_overlay, save_overlay
+from drawing import IMAGE_SIZE, Overlay, draw_overlay, encode_png, save_overlay
 from model import PneumoniaUNET, Runtime, choose_runtime
 from predict import make_overlay
+from readers import read_image
 
 MATRIX_SIDE = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # of the product that gives the peak rate
 DISTINCT = 64  # masks drawn; more images repeat them
@@ -162,7 +163,7 @@ def box_stages(cases: list[Overlay], folder: Path) -> list[Stage]:
 
     def encode():
         for canvas in canvases:
-            canvas.save(io.BytesIO(), format="PNG", compress_level=1)
+            encode_png(canvas)
 
     return [Stage(lambda: metrics.choose_thresholds(score, metrics.Thresholds()), images,
                   lambda: label(metrics.BOX_THRESHOLDS), images),
@@ -199,7 +200,9 @@ def draw_case(dataset: PneumoniaDataset, index: int, rng: np.random.Generator) -
         mask += rng.uniform(0.2, 0.95) * np.outer(down, across)
     uneven = ndimage.zoom(rng.uniform(0.7, 1, (16, 16)), side / 16, order=1)
     mask = (uneven * (0.03 + 0.97 * np.clip(mask, 0, 1))).astype(np.float32)
-    return make_overlay(dataset.images[index].copy(), mask, size, metrics.Thresholds(gate=0), boxes)
+    radiograph = read_image(dataset.paths[index], cli.IMAGE_SIDE // side, IMAGE_SIZE)
+    patient_id = dataset.patient_ids[index]
+    return make_overlay(patient_id, radiograph, mask, metrics.Thresholds(gate=0), boxes)
 
 
 def measure(call: Callable[[], Any], repeats: int, device: torch.device) -> float:

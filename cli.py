@@ -22,6 +22,7 @@ from tqdm import tqdm
 FOLDERS = {"TRAINML_DATA_PATH": "data", "TRAINML_MODEL_PATH": ".", "TRAINML_OUTPUT_PATH": "output"}
 IMAGE_SIDE = 1024  # pixels a side in the challenge; the network sees IMAGE_SIDE / rescale_factor
 RESCALE_FACTORS = (1, 2, 4, 8, 16)
+RESULTS = ("images", "validation", "logs", "curves.png", "scores.png")  # in an output folder
 NAMED = 5  # items named in a warning; the rest are counted
 LOG_SECONDS = 30  # between progress lines in a job log
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
@@ -41,19 +42,21 @@ def default_path(variable: str, *parts: str) -> str:
 
 
 def require(path: str | Path, kind: str, *, flag: str, variable: str | None = None) -> Path:
-    """Returns `path` as a Path once it is a "file" or a "folder", or an "output" folder, which is
-    created; raises InputError naming path, flag and variable if not."""
+    """Returns `path` as a Path once it is a "file", a "folder" or "data", which is either but no
+    zip file, or an "output" folder, which is created; raises InputError naming path, flag and
+    variable if not."""
     path = Path(path)
     remedy = flag + (f", or set {variable}" if variable else "")
     if kind == "output":
         _prove_writable(path, remedy)
     elif not path.exists():
         raise InputError(f"{path} does not exist: give another with {remedy}")
-    elif kind == "folder" and not path.is_dir():
+    elif kind in ("folder", "data") and not path.is_dir():
         is_zip = path.is_file() and zipfile.is_zipfile(path)
         found, other = ("a zip file", "unpacks to") if is_zip else ("a file", "is in")
-        raise InputError(f"{path} is {found}, not a folder: give the folder that it {other} with "
-                         f"{remedy}")
+        if is_zip or kind == "folder":
+            raise InputError(f"{path} is {found}, not a folder: give the folder that it {other} "
+                             f"with {remedy}")
     return path
 
 
@@ -71,12 +74,12 @@ def _prove_writable(folder, remedy):
 
 
 def result_folders(output: Path, data: Path) -> list[Path]:
-    """Folders of results that a search of `data` leaves out: `output` if it lies inside, else those
-    in it."""
+    """Folders and pictures of results that a search of `data` leaves out: `output` if it lies
+    inside, else those in it."""
     output = output.resolve()
     if data.resolve() in output.parents:
         return [output]
-    return [output / name for name in ("images", "validation", "logs")]
+    return [output / name for name in RESULTS]
 
 
 class Parser(argparse.ArgumentParser):

@@ -53,7 +53,8 @@ class PneumoniaDataset(Dataset):
         self.side = IMAGE_SIDE // rescale_factor
         self._map = _allocate(len(files) * self.side**2)
         self.images = np.frombuffer(self._map, np.uint8).reshape(-1, self.side, self.side)
-        self.patient_ids, self.original_sizes, self.skipped, self.notes = [], [], [], []
+        self.patient_ids, self.paths, self.original_sizes = [], [], []
+        self.skipped, self.notes = [], []
         readings = read_images(files.values(), rescale_factor=rescale_factor, workers=workers)
         for (patient_id, path), reading in zip(files.items(), progress(readings)):
             self._add(patient_id, path, reading)
@@ -67,9 +68,10 @@ class PneumoniaDataset(Dataset):
             return
         if reading.note:
             self.notes.append((path, reading.note))
-        self.images[len(self.patient_ids)], original_size = reading.value
+        self.images[len(self.patient_ids)] = reading.value.image
         self.patient_ids.append(patient_id)
-        self.original_sizes.append(original_size)
+        self.paths.append(path)
+        self.original_sizes.append(reading.value.original_size)
         self._release()
 
     def _check_skipped(self, count):

@@ -18,12 +18,11 @@ from functools import cache
 from pathlib import Path
 from threading import Lock
 
-import numpy as np
 import torch
 
 import cli
-from dicom import UnreadableImage, patient_id_of
-from drawing import encode_overlay
+from dicom import Radiograph, UnreadableImage, patient_id_of
+from drawing import IMAGE_SIZE, draw_overlay, encode_png
 from metrics import prediction_string
 from model import choose_runtime, load_checkpoint
 from predict import make_overlay, stored_thresholds
@@ -79,23 +78,22 @@ class Network:
             print(reading.trace.rstrip().rpartition("\n")[0])
         if reading.problem:
             raise ValueError(reading.problem)
-        patient_id, image, original_size = reading.value
+        patient_id, radiograph = reading.value
+        image = torch.from_numpy(radiograph.image[None, None])
         with self.running:
-            [mask] = self.runtime.predict_masks(self.model, torch.from_numpy(image[None, None]))
-        overlay = make_overlay(image, mask, original_size, self.thresholds)
+            [mask] = self.runtime.predict_masks(self.model, image)
+        overlay = make_overlay(patient_id, radiograph, mask, self.thresholds)
+        picture = base64.b64encode(encode_png(draw_overlay(overlay))).decode()
         annotations = prediction_string(overlay.boxes, overlay.confidences)
-        picture = base64.b64encode(encode_overlay(overlay)).decode()
         return {patient_id: {"annotations": annotations, "image": picture}}
 
 
 # What a stranger sent is taken apart in a reader
 
 
-def read_request(request: tuple[str, bytes, int]) -> tuple[str, np.ndarray, tuple[int, int]]:
-    """Takes a content type, a body and a rescale factor; returns the id, and what read_image does.
-
-    Raises UnreadableImage with the reason.
-    """
+def read_request(request: tuple[str, bytes, int]) -> tuple[str, Radiograph]:
+    """The id and the radiograph of a request: a content type, a body and a rescale factor. Raises
+    UnreadableImage with the reason."""
     content_type, body, rescale_factor = request
     is_json = content_type.lower().startswith(JSON)
     try:
@@ -105,7 +103,7 @@ def read_request(request: tuple[str, bytes, int]) -> tuple[str, np.ndarray, tupl
         raise UnreadableImage(f"is not {expected}") from None
     if not patient_id.isprintable() or not re.fullmatch(r'(?![ .])[^<>&"/\\]{1,128}', patient_id):
         raise UnreadableImage('has an id that is not 1 to 128 plain characters without <>&"/\\')
-    return patient_id, *read_image(io.BytesIO(file), rescale_factor)
+    return patient_id, read_image(io.BytesIO(file), rescale_factor, IMAGE_SIZE)
 
 
 def _read_json(body):

@@ -1,9 +1,10 @@
-"""Finds lung opacities in a folder of DICOM files with a trained model.
+"""Finds lung opacities in radiographs with a trained model.
 
     python predict.py --data data/stage_2_test_images --model output/final.pth.tar
+    python predict.py --data scan.dcm photo.jpg --model output/final.pth.tar
 
-Writes annotations.json, submission.csv, images/<patientId>.png and, where a file could not be read,
-skipped.csv.
+Reads DICOM files and PNG, JPEG and TIFF images. Writes report.html, annotations.json,
+submission.csv, images/<patientId>.png and, where a file could not be read, skipped.csv.
 """
 
 import argparse
@@ -20,8 +21,8 @@ import cli
 import metrics
 from data_processing import read_labels
 from dataset import PneumoniaDataset
-from dicom import find_dicom_files, refuse_mixture
-from drawing import Overlay, save_overlays
+from dicom import Radiograph, find_radiographs
+from drawing import IMAGE_SIZE, Overlay, save_overlays
 from model import Runtime, choose_runtime, load_checkpoint
 from readers import INTERNAL_ERROR, Reading, read_images
 
@@ -32,33 +33,43 @@ class Truth(NamedTuple):
     views: dict[str, str]
 
 
-def make_overlay(image: np.ndarray, mask: np.ndarray, original_size: tuple[int, int],
+def make_overlay(patient_id: str, radiograph: Radiograph, mask: np.ndarray,
                  thresholds: metrics.Thresholds, truth: np.ndarray | None = None) -> Overlay:
     """The boxes of a mask (S, S) and all that is drawn with them."""
-    boxes, confidences = metrics.find_boxes(mask, original_size, thresholds)
-    return Overlay(image, mask, boxes, confidences, original_size, truth, str(thresholds))
+    image = radiograph.image if radiograph.display is None else radiograph.display
+    boxes, confidences = metrics.find_boxes(mask, radiograph.original_size, thresholds)
+    return Overlay(image, mask, boxes, confidences, radiograph.original_size, truth, patient_id,
+                   thresholds)
 
 
 def overlays(model: torch.nn.Module, dataset: PneumoniaDataset, indices: Sequence[int],
-             runtime: Runtime, thresholds: metrics.Thresholds) -> Iterator[tuple[str, Overlay]]:
-    """Yields patient_id and overlay, truth included, of images of a data set."""
+             runtime: Runtime, thresholds: metrics.Thresholds, *, image_size: int = IMAGE_SIZE,
+             workers: int = 1) -> Iterator[tuple[str, Overlay]]:
+    """Yields patient_id and overlay, truth included, of images of a data set, whose files are read
+    once more for display at `image_size` pixels."""
     model.eval()
+    readings = read_images([dataset.paths[index] for index in indices], workers=workers,
+                           rescale_factor=cli.IMAGE_SIDE // dataset.side, image_size=image_size)
     for batch in cli.batched(indices, 16):
         images, _ = dataset[batch]
         masks = runtime.predict_masks(model, images)
-        for index, image, mask in zip(batch, images[:, 0].numpy(), masks):
-            yield dataset.patient_ids[index], make_overlay(
-                image, mask, dataset.original_sizes[index], thresholds, dataset.boxes[index])
+        for index, image, mask, reading in zip(batch, images[:, 0].numpy(), masks, readings):
+            # the file may be gone by now
+            radiograph = reading.value or Radiograph(image, dataset.original_sizes[index])
+            patient_id = dataset.patient_ids[index]
+            yield patient_id, make_overlay(
+                patient_id, radiograph, mask, thresholds, dataset.boxes[index])
 
 
 def predict_files(model: torch.nn.Module, files: dict[str, Path], runtime: Runtime, *,
-                  batch_size: int, rescale_factor: int,
-                  workers: int) -> Iterator[tuple[str, Reading, np.ndarray | None]]:
+                  batch_size: int, rescale_factor: int, workers: int, image_size: int | None = None,
+                  ) -> Iterator[tuple[str, Reading, np.ndarray | None]]:
     """Yields (patient_id, Reading, mask) for each of files {patient_id: path}; no mask where a
-    file is unreadable."""
-    readings = read_images(files.values(), rescale_factor=rescale_factor, workers=workers)
+    file is unreadable. With an `image_size`, images for display are read, too."""
+    readings = read_images(files.values(), rescale_factor=rescale_factor, workers=workers,
+                           image_size=image_size)
     for batch in cli.batched(zip(files, readings), batch_size):
-        images = [reading.value[0][None] for _, reading in batch if reading.value]
+        images = [reading.value.image[None] for _, reading in batch if reading.value]
         masks = iter(())
         if images:
             masks = iter(runtime.predict_masks(model, torch.from_numpy(np.stack(images))))
@@ -66,13 +77,22 @@ def predict_files(model: torch.nn.Module, files: dict[str, Path], runtime: Runti
             yield patient_id, reading, next(masks) if reading.value else None
 
 
-def stored_thresholds(checkpoint: dict[str, Any]) -> metrics.Thresholds:
-    """Thresholds of a checkpoint; earlier files lack some, or hold None for a failed search."""
-    box = checkpoint.get("best_threshold")
-    return metrics.Thresholds(box=metrics.Thresholds().box if box is None else float(box),
-                      gate=float(checkpoint.get("gate_threshold") or 0),
-                      source=checkpoint.get("threshold_source", "of the checkpoint"),
-                      size_weight=float(checkpoint.get("size_weight", 1)))
+def stored_thresholds(checkpoint: dict[str, Any], box: float | None = None,
+                      gate: float | None = None) -> metrics.Thresholds:
+    """Thresholds of a checkpoint, or those given instead; earlier files lack some, or hold None for
+    a failed search."""
+    stored = checkpoint.get("best_threshold")
+    thresholds = metrics.Thresholds(
+        box=metrics.Thresholds().box if stored is None else float(stored),
+        gate=float(checkpoint.get("gate_threshold") or 0),
+        source=checkpoint.get("threshold_source", "of the checkpoint"),
+        size_weight=float(checkpoint.get("size_weight", 1)))
+    given = {"box": box, "gate": gate}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given:
+        source = f"{' and '.join(given)} given by flag"
+        thresholds = thresholds._replace(**given, source=source)
+    return thresholds
 
 
 class Results:
@@ -93,7 +113,7 @@ class Results:
             if reading.note:
                 self.notes.append(f"{path} {reading.note}")
             truth = self.truth.boxes.get(patient_id)
-            overlay = make_overlay(reading.value[0], mask, reading.value[1], thresholds, truth)
+            overlay = make_overlay(patient_id, reading.value, mask, thresholds, truth)
             found = overlay.boxes, overlay.confidences
             self.annotations[patient_id] = metrics.prediction_string(*found)
             if truth is not None:
@@ -144,8 +164,9 @@ class Results:
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument_group("files").add_argument
-    add("--data", "-d", default=cli.default_path("TRAINML_DATA_PATH"),
-        help="folder of DICOM files (default: %(default)s)")
+    data = cli.default_path("TRAINML_DATA_PATH")
+    add("--data", "-d", nargs="+", default=[data],
+        help=f"folders or files, DICOM, PNG, JPEG or TIFF (default: {data})")
     add("--model", default=cli.default_path("TRAINML_MODEL_PATH", "final.pth.tar"),
         help="checkpoint of the network (default: %(default)s)")
     add("--output", default=cli.default_path("TRAINML_OUTPUT_PATH"),
@@ -154,6 +175,14 @@ def make_parser() -> argparse.ArgumentParser:
         help="train.csv or label table of these images: draws and scores the truth, too")
     add("--save-images", default=True, action=Switch,
         help="write annotated PNG images (default: on)")
+    add = parser.add_argument_group("what is marked and drawn").add_argument
+    add("--box-threshold", "--bt", type=cli.bounded(0, 1),
+        help="mask probability above which a pixel belongs to a box (default: the checkpoint's)")
+    add("--gate-threshold", "--gt", type=cli.bounded(0, 1),
+        help="highest probability below which an image has no boxes (default: the checkpoint's)")
+    add("--image-size", type=cli.bounded(64, 8192, int), default=IMAGE_SIZE,
+        help="longest side of the annotated images in pixels (default: %(default)s)")
+    add("--heat", default=False, action=Switch, help="tint images by the mask (default: off)")
     cli.add_runtime_options(parser, batch_size=16, rescale_factor=None)
     return parser
 
@@ -161,32 +190,35 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     runtime = choose_runtime(args.device, args.precision)
-    data = cli.require(args.data, "folder", flag="--data", variable="TRAINML_DATA_PATH")
+    sources = [cli.require(path, "data", flag="--data", variable="TRAINML_DATA_PATH")
+               for path in args.data]
     path = cli.require(args.model, "file", flag="--model", variable="TRAINML_MODEL_PATH")
 
     # network, and how it was trained to be used
     model, checkpoint = load_checkpoint(path, runtime.device)
     rescale_factor = args.rescale_factor or checkpoint.get("rescale_factor") or 4
     model.check_side(rescale_factor)
-    thresholds = stored_thresholds(checkpoint)
+    thresholds = stored_thresholds(checkpoint, args.box_threshold, args.gate_threshold)
     truth = Truth({}, {})
     if args.labels:
         truth = Truth(*read_labels(cli.require(args.labels, "file", flag="--labels")))
 
     # files
     output = cli.require(args.output, "output", flag="--output", variable="TRAINML_OUTPUT_PATH")
-    files, skipped = find_dicom_files(data, cli.result_folders(output, data))
-    refuse_mixture(data, files)
-    print(f"{len(files)} files in {data}; {runtime.device.type}, {runtime.dtype}; {thresholds}")
+    results = [folder for data in sources for folder in cli.result_folders(output, data)]
+    files, skipped = find_radiographs(sources, leave_out=results)
+    print(f"{len(files)} files in {', '.join(args.data)}; {runtime.device.type}, {runtime.dtype}; "
+          f"{thresholds}")
 
     # predictions, pictures as they come
     results = Results(files, skipped, truth)
     predictions = predict_files(model, files, runtime, batch_size=args.batch_size,
-                                rescale_factor=rescale_factor, workers=args.workers)
+                                rescale_factor=rescale_factor, workers=args.workers,
+                                image_size=args.image_size if args.save_images else None)
     predictions = cli.progress(predictions, total=len(files), description="predict")
     pictures = results.add(predictions, thresholds)
     if args.save_images:
-        save_overlays(output / "images", pictures)
+        save_overlays(output / "images", pictures, heat=args.heat)
     else:
         for _ in pictures:
             pass

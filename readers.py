@@ -5,6 +5,7 @@ Why not a library: the pool of concurrent.futures breaks with a worker that dies
 semaphores, which a container without /dev/shm lacks, and judges by the clock.
 """
 
+import io
 import mmap
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dicom import UnreadableImage, load_and_prepare_image, reason_of
+from dicom import Radiograph, UnreadableImage, read_radiograph, reason_of
 from greyscale import ImageWarning
 
 TIME_LIMIT = 5  # seconds of CPU time for one file, the same on a busy machine and an idle one
@@ -209,12 +210,15 @@ def _print_once(trace, printed):
         printed.add(place)
 
 
-def read_images(paths: Iterable[Path], *, rescale_factor: int, workers: int) -> Iterator[Reading]:
+def read_images(paths: Iterable[Path], *, rescale_factor: int, workers: int,
+                image_size: int | None = None) -> Iterator[Reading]:
     """Yields a Reading of read_image for each path, in order."""
-    return read_files(partial(read_image, rescale_factor=rescale_factor), paths, workers=workers)
+    function = partial(read_image, rescale_factor=rescale_factor, image_size=image_size)
+    return read_files(function, paths, workers=workers)
 
 
-def read_image(path: Path, rescale_factor: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """load_and_prepare_image with the image as uint8 (S, S) in 0..255."""
-    image, original_size = load_and_prepare_image(path, rescale_factor)
-    return (image * 255 + 0.5).astype(np.uint8), original_size
+def read_image(path: Path | io.BytesIO, rescale_factor: int,
+               image_size: int | None = None) -> Radiograph:
+    """read_radiograph with the network's image as uint8 (S, S) in 0..255."""
+    radiograph = read_radiograph(path, rescale_factor, image_size)
+    return radiograph._replace(image=(radiograph.image * 255 + 0.5).astype(np.uint8))

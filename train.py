@@ -46,7 +46,7 @@ OPTIMIZERS = {  # class, default overrides
 POSITIVE_WEIGHT = 2  # how much more often an image with opacities is drawn in training
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 DEBUG_EPOCHS, DEBUG_STEPS, DEBUG_VALIDATION_STEPS, DEBUG_IMAGES = 2, 50, 10, 100
-SHOWN = 4  # validation images drawn for TensorBoard after every epoch
+SHOWN, SHOWN_SIZE = 4, 512  # validation images in TensorBoard after every epoch; their pixels
 CHECK_STEPS = 20  # between looks at the loss, each of which waits for the GPU
 # flags that a continued run does not inherit, and those that it may change
 PATH_FLAGS = ("data", "labels", "save", "checkpoint", "device", "workers")
@@ -491,10 +491,11 @@ def fit(setup: Setup, history: list[dict], writer: SummaryWriter) -> None:
 
         log_epoch(writer, evaluation, scores, epoch)
         writer.add_scalar("speed/images_per_second", speed, epoch)
-        pictures = overlays(training.model, setup.dataset, shown, training.runtime, thresholds)
-        for place, (_, overlay) in enumerate(pictures):
-            picture = np.asarray(draw_overlay(overlay))
-            writer.add_image(f"validation/{place}", picture, epoch, dataformats="HWC")
+        pictures = overlays(training.model, setup.dataset, shown, training.runtime, thresholds,
+                            image_size=SHOWN_SIZE)
+        for patient_id, overlay in pictures:
+            picture = np.asarray(draw_overlay(overlay, legend=False).convert("RGB"))
+            writer.add_image(f"validation/{patient_id}", picture, epoch, dataformats="HWC")
         print(f"epoch {epoch + 1}/{epochs}: loss {train_loss:.4f}, validation loss "
               f"{scores['loss']:.4f}, RSNA mAP {scores['rsna']:.4f}, total AP "
               f"{scores['total']:.4f}, AUC {scores['auc']:.4f}, {speed:.1f} images/s", flush=True)
@@ -517,8 +518,9 @@ def hand_over(setup: Setup, history: list[dict],
     state = checkpoint_state(setup, thresholds, history)
     save_checkpoint(setup.save / "final.pth.tar", model, **state, **rename(figures))
     if setup.arguments["save_images"]:
-        pictures = overlays(model, setup.dataset, scored, runtime, thresholds)
-        save_overlays(setup.save / "images",
+        pictures = overlays(model, setup.dataset, scored, runtime, thresholds,
+                            workers=setup.arguments["workers"])
+        save_overlays(setup.save / "validation",
                       cli.progress(pictures, total=len(scored), description="draw"))
     return thresholds, figures
 

@@ -58,10 +58,10 @@ def test_a_folder_for_results_that_cannot_be_made_is_named_with_the_reason(tmp_p
 
 @pytest.mark.parametrize("output, left_out", [
     ("data/results", ["data/results"]),
-    ("data", ["data/images", "data/validation", "data/logs"]),
-    (".", ["images", "validation", "logs"]),
+    ("data", [f"data/{name}" for name in cli.RESULTS]),
+    (".", list(cli.RESULTS)),
 ])
-def test_only_folders_of_results_are_left_out_of_the_data(tmp_path, output, left_out):
+def test_only_results_are_left_out_of_the_data(tmp_path, output, left_out):
     found = cli.result_folders(tmp_path / output, tmp_path / "data")
     assert found == [tmp_path / name for name in left_out]
 

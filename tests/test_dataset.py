@@ -143,7 +143,7 @@ def test_the_cache_does_without_madvise(small_dataset):
 
 
 def test_internal_errors_are_not_blamed_on_the_images(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(readers, "load_and_prepare_image", None)
+    monkeypatch.setattr(readers, "read_radiograph", None)
     with pytest.raises(InternalError, match="1 of 1 images cannot be read.*internal error"):
         ds.PneumoniaDataset({"a": tmp_path / "a.dcm"}, {"a": ()}, rescale_factor=16)
     assert "Traceback" in capfd.readouterr().err

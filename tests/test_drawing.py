@@ -1,102 +1,195 @@
 import errno
+import io
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import drawing
-from drawing import Overlay, draw_overlay, save_overlay, save_overlays
+from drawing import LEGIBLE, Overlay, draw_overlay, encode_png, save_overlay, save_overlays
+from metrics import Thresholds
 
 NO_BOXES = np.zeros((0, 4)), np.zeros(0)
+BOX = {"boxes": np.array([[200, 400, 300, 500]]), "confidences": np.array([0.7])}
 
 
-def blank(original_size=(64, 64), **fields):
-    """An Overlay that shows a black square of 64 x 64 pixels, without boxes."""
-    image, mask = np.zeros((64, 64), np.uint8), np.zeros((64, 64), np.float32)
-    return Overlay(image, mask, *NO_BOXES, original_size)._replace(**fields)
+def grey(original_size=(1000, 1000), **fields):
+    """An Overlay of a grey image in its original size, a mask of 0 and no boxes."""
+    image, mask = np.full(original_size, 128, np.uint8), np.zeros((64, 64), np.float32)
+    overlay = Overlay(image, mask, *NO_BOXES, original_size, thresholds=Thresholds())
+    return overlay._replace(**fields)
 
 
-def has_colour(picture, colour):
-    return bool((np.asarray(picture) == colour).all(axis=-1).any())
+def draw(overlay, **options):
+    """The picture and its part above the footer, as numbers of the palette."""
+    picture = np.asarray(draw_overlay(overlay, **options))
+    return picture, picture[:overlay.original_size[0]]
 
 
-# The picture
+# The radiograph
 
 
-def test_a_caption_says_which_thresholds_are_in_use():
-    picture = draw_overlay(blank(caption="box threshold 0.50"))
-    assert np.asarray(picture)[-drawing.CAPTION_HEIGHT:].any()
+def test_a_pixel_takes_one_byte():
+    assert draw_overlay(grey()).mode == "P"
 
 
-def test_without_a_caption_its_strip_is_black():
-    assert not np.asarray(draw_overlay(blank()))[-drawing.CAPTION_HEIGHT:].any()
+def test_greys_are_those_of_the_image():
+    ramp = np.tile(np.arange(256, dtype=np.uint8), (256, 2))
+    colours = np.asarray(draw_overlay(grey((256, 512), image=ramp)).convert("RGB"), int)[:256]
+    assert np.abs(colours - ramp[:, :, None]).max() <= 2
 
 
-def test_a_picture_keeps_the_aspect_of_the_original():
-    assert draw_overlay(blank((2000, 1000))).size == (512, 1024 + 44)
+def test_without_anything_found_no_pixel_is_covered():
+    _, pixels = draw(grey())
+    assert (pixels == pixels[0, 0]).all()
 
 
-@pytest.mark.parametrize("colour, x, y, field", [
-    (drawing.PREDICTION, 200, 400, {"boxes": [[200, 400, 300, 500]], "confidences": [0.7]}),
-    (drawing.TRUTH, 100, 1200, {"truth": [[100, 1200, 600, 300]]}),
+@pytest.mark.parametrize("original_size, size", [
+    ((1000, 500), (500, 1000)), ((300, 1200), (1200, 300)),
+    ((100, 50), (LEGIBLE // 2, LEGIBLE)),  # enlarged
 ])
-def test_a_box_is_drawn_where_it_lies_in_the_original(colour, x, y, field):
-    pixels = np.asarray(draw_overlay(blank((2000, 1000), **field)))[:1024]
-    rows, columns = np.nonzero((pixels == colour).all(axis=-1))
-    assert abs(columns.min() - x * 0.512) <= 2 and rows.size > 100
-    assert (pixels[round(y * 0.512), round((x + 6) * 0.512)] == colour).all()
+def test_a_picture_keeps_the_aspect_of_the_original(original_size, size):
+    picture = draw_overlay(grey(original_size)._replace(thresholds=None))
+    assert picture.size == (max(size[0], LEGIBLE), size[1])
 
 
-@pytest.mark.parametrize("truth, named", [(None, False), (np.zeros((0, 4)), True)])
-def test_the_legend_names_the_truth_where_it_is_known(truth, named):
-    picture = draw_overlay(blank(truth=truth))
-    assert has_colour(picture, drawing.TRUTH) == named
-    assert has_colour(picture, drawing.PREDICTION)
-
-
-def test_the_image_shows_where_the_mask_is_0():
-    overlay = blank((512, 512), image=np.full((64, 64), 128, np.uint8))
-    assert (np.asarray(draw_overlay(overlay))[:512] == 128).all()
-
-
-def test_heat_follows_the_mask():
-    mask = np.zeros((64, 64), np.float32)
-    mask[:, 32:] = 1
-    overlay = blank((512, 512), image=np.full((64, 64), 128, np.uint8), mask=mask)
-    pixels = np.asarray(draw_overlay(overlay), int)
-    assert (pixels[100, 100] == 128).all() and pixels[100, 400, 0] > pixels[100, 400, 2] + 50
+def test_a_square_image_of_the_network_gets_the_aspect_of_the_original():
+    overlay = grey((2000, 1000), image=np.zeros((512, 512), np.uint8), thresholds=None)
+    assert draw_overlay(overlay).height == 512
 
 
 @pytest.mark.parametrize("shape", [(1, 5000), (5000, 1)])
 def test_extreme_shapes_can_be_drawn(shape):
-    picture = draw_overlay(blank(shape))
-    assert picture.size[0] == 512 and 60 <= picture.size[1] <= 2048 + 44
+    picture = draw_overlay(grey(shape, boxes=np.array([[0, 0, 1, 1]]), confidences=np.array([1])))
+    assert min(picture.size) >= drawing.NARROWEST
+
+
+# What is drawn on it
+
+
+@pytest.mark.parametrize("colour, x, y, field", [
+    (drawing.PREDICTION, 200, 400, BOX),
+    (drawing.TRUTH, 100, 600, {"truth": np.array([[100, 600, 600, 300]])}),
+])
+def test_a_box_is_drawn_where_it_lies_in_the_original(colour, x, y, field):
+    _, pixels = draw(grey((2000, 1000), image=np.zeros((1000, 500), np.uint8), **field))
+    rows, columns = np.nonzero(pixels[:1000] == colour)
+    assert abs(columns.min() - x / 2) <= 1 and abs(rows.min() - y / 2) <= 1
+
+
+@pytest.mark.parametrize("colour, field, solid", [
+    (drawing.PREDICTION, BOX, False), (drawing.TRUTH, {"truth": BOX["boxes"]}, True)])
+def test_truth_is_solid_and_prediction_dashed(colour, field, solid):
+    _, pixels = draw(grey(**field))
+    left_edge = pixels[410:890, 200] == colour
+    assert left_edge.all() == solid and left_edge.mean() > 0.4
+
+
+def test_lines_stand_on_black_which_shows_them_on_bright_ground():
+    _, pixels = draw(grey(truth=BOX["boxes"], image=np.full((1000, 1000), 255, np.uint8)))
+    across = pixels[500, 195:206]
+    assert (across == 0).sum() == 2 and (across == drawing.TRUTH).any()
+
+
+def test_the_outline_runs_around_the_mask_at_the_box_threshold():
+    mask = np.zeros((64, 64), np.float32)
+    mask[16:32, 16:32] = 1
+    _, pixels = draw(grey((1024, 1024), mask=mask, **BOX))
+    rows, columns = np.nonzero(pixels == drawing.OUTLINE)
+    assert (abs(rows.min() - 256) < 12 and abs(rows.max() - 512) < 12
+            and abs(columns.min() - 256) < 12 and abs(columns.max() - 512) < 12)
+
+
+def test_a_mask_up_to_the_edge_is_outlined_there():
+    _, pixels = draw(grey(mask=np.ones((64, 64), np.float32), **BOX))
+    assert (pixels[300:900, -1] == drawing.OUTLINE).any()
+
+
+@pytest.mark.parametrize("box", [[0, 0, 300, 300], [900, 900, 100, 100], [0, 0, 1000, 1000]])
+def test_confidences_stay_inside_the_picture(box):
+    overlay = grey(boxes=np.array([box]), confidences=np.array([0.5]), mask=np.zeros((64, 64)))
+    _, with_label = draw(overlay)
+    _, without = draw(overlay._replace(confidences=np.zeros(0)))
+    width = drawing._font(1000).getlength("0.50")
+    assert (with_label != without).any(axis=0).sum() >= width
+
+
+# The footer
+
+
+def footer(overlay, **options):
+    picture, _ = draw(overlay, **options)
+    return picture[overlay.image.shape[0]:]
+
+
+@pytest.mark.parametrize("field, colours", [
+    ({}, set()), (BOX, {drawing.PREDICTION}), ({"truth": BOX["boxes"]}, {drawing.TRUTH}),
+    ({"truth": np.zeros((0, 4))}, set()),
+])
+def test_the_legend_names_what_is_drawn(field, colours):
+    assert set(np.unique(footer(grey(**field)))) & {252, 253, 254} == colours
+
+
+def test_a_grid_has_no_legend():
+    assert footer(grey(**BOX), legend=False).max() < drawing.GREYS
+
+
+def test_the_caption_says_what_was_found_and_at_which_thresholds():
+    font = drawing._font(1000)
+    empty, marked = grey(patient_id="a"), grey(patient_id="a", **BOX)
+    assert drawing._caption(empty, font, 1000) == [
+        "a, no opacity found", "box threshold 0.50, gate threshold 0.80 (defaults)"]
+    assert drawing._caption(marked, font, 1000)[0] == "a"
+
+
+def test_without_a_prediction_the_caption_is_the_id_alone():
+    overlay = grey(patient_id="a", thresholds=None)
+    assert drawing._caption(overlay, drawing._font(1000), 1000) == ["a"]
+
+
+def test_long_ids_are_broken_into_lines_that_fit():
+    font = drawing._font(LEGIBLE)
+    lines = drawing._caption(grey(patient_id="0123456789" * 20, thresholds=None), font, LEGIBLE)
+    assert len(lines) > 1 and all(font.getlength(line) <= LEGIBLE for line in lines)
+
+
+# Heat
+
+
+def test_heat_follows_the_mask_and_keeps_the_image_readable():
+    mask = np.zeros((64, 64), np.float32)
+    mask[:, 32:] = 1
+    image = np.tile(np.arange(250, dtype=np.uint8), (1000, 4))
+    picture = draw_overlay(grey(mask=mask, image=image), heat=True).convert("RGB")
+    cold, hot = np.asarray(picture, int)[500, 100:240], np.asarray(picture, int)[500, 850:990]
+    assert (np.ptp(cold, axis=1) == 0).all() and (hot[:, 0] > hot[:, 2] + 40).all()
+    assert np.ptp(hot.mean(axis=1)) > 0.5 * np.ptp(cold.mean(axis=1))
 
 
 # Files
 
 
-def test_an_overlay_is_saved_as_png(tmp_path):
-    save_overlay(tmp_path, "a", blank())
-    with Image.open(tmp_path / "a.png") as picture:
-        picture.load()
-        assert picture.format == "PNG" and picture.size == (512, 556)
+def test_a_png_file_holds_the_picture():
+    picture = draw_overlay(grey(**BOX))
+    with Image.open(io.BytesIO(encode_png(picture))) as read:
+        assert read.format == "PNG" and read.mode == "P"
+        assert np.array_equal(read.convert("RGB"), picture.convert("RGB"))
 
 
 def test_an_id_with_a_folder_lies_in_that_folder(tmp_path):
-    save_overlay(tmp_path / "images", "p1/IM0", blank())
+    save_overlay(tmp_path / "images", "p1/IM0", grey())
     assert (tmp_path / "images" / "p1" / "IM0.png").exists()
 
 
 def test_a_name_that_the_disk_does_not_take_costs_its_picture_alone(tmp_path, capsys):
-    save_overlays(tmp_path, [("a" * 255, blank()), ("b", blank())])
+    save_overlays(tmp_path, [("a" * 255, grey()), ("b", grey())])
     assert [path.name for path in tmp_path.iterdir()] == ["b.png"]
     assert capsys.readouterr().out.endswith(": File name too long\n")
 
 
 def test_more_pictures_than_may_wait_are_all_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(drawing, "WAITING", 2)
-    save_overlays(tmp_path, ((str(number), blank()) for number in range(6)))
+    save_overlays(tmp_path, ((str(number), grey()) for number in range(6)))
     assert sorted(path.stem for path in tmp_path.iterdir()) == list("012345")
 
 
@@ -105,4 +198,4 @@ def test_a_full_disk_ends_the_drawing_with_its_error(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(drawing, "atomic_write", refuse)
     with pytest.raises(OSError, match="No space left on device"):
-        save_overlays(tmp_path, [("a", blank())])
+        save_overlays(tmp_path, [("a", grey())])

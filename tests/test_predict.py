@@ -11,6 +11,7 @@ import metrics
 import predict
 import readers
 from cli import InputError
+from dicom import Radiograph
 from metrics import Thresholds
 from model import PneumoniaUNET, choose_runtime, load_checkpoint, save_checkpoint
 
@@ -148,9 +149,10 @@ def test_an_internal_error_costs_its_file_and_ends_with_status_1(
     for name in "abc":
         write_dicom(tmp_path / f"{name}.dcm", np.eye(32, dtype=np.uint8))
 
-    def read(path, rescale_factor, load=readers.load_and_prepare_image):
-        return load(path, rescale_factor if path.stem != "b" else None)  # a mistake of ours
-    monkeypatch.setattr(readers, "load_and_prepare_image", read)
+    def read(path, rescale_factor, image_size, load=readers.read_radiograph):
+        factor = rescale_factor if path.stem != "b" else None  # a mistake of ours
+        return load(path, factor, image_size)
+    monkeypatch.setattr(readers, "read_radiograph", read)
     assert run(tmp_path, checkpoint, tmp_path / "output") == 1
     assert read_annotations(tmp_path / "output").keys() == {"a", "c"}
     [(path, reason)] = read_csv(tmp_path / "output" / "skipped.csv")[1:]
@@ -256,7 +258,7 @@ def perfect(tmp_path):
     masks[0, 16:32, 8:24], masks[1] = 0.9, 0.1
     truth = predict.Truth({"ill": np.array([[128, 256, 256, 256]]), "well": np.zeros((0, 4))},
                           {"ill": "AP", "well": "PA"})
-    reading = readers.Reading((np.zeros((64, 64), np.uint8), (1024, 1024)))
+    reading = readers.Reading(Radiograph(np.zeros((64, 64), np.uint8), (1024, 1024)))
     files = {name: tmp_path / f"{name}.dcm" for name in truth.boxes}
     results = predict.Results(files, [], truth)
     predictions = [(name, reading, mask) for name, mask in zip(files, masks)]
@@ -280,12 +282,17 @@ def test_the_truth_is_drawn_beside_the_prediction(perfect):
     _, pictures = perfect
     assert pictures["ill"].truth.tolist() == pictures["ill"].boxes.tolist()
     assert pictures["well"].truth.shape == pictures["well"].boxes.shape == (0, 4)
-    assert pictures["ill"].caption == "box threshold 0.50, gate threshold 0.50 (defaults)"
+
+
+def test_a_picture_knows_its_id_and_the_thresholds_in_use(perfect):
+    _, pictures = perfect
+    assert pictures["ill"].patient_id == "ill"
+    assert str(pictures["ill"].thresholds) == "box threshold 0.50, gate threshold 0.50 (defaults)"
 
 
 def test_without_labels_no_truth_is_drawn_and_nothing_scored(tmp_path, capsys):
     results = predict.Results({"a": tmp_path}, [], predict.Truth({}, {}))
-    reading = readers.Reading((np.zeros((64, 64), np.uint8), (1024, 1024)))
+    reading = readers.Reading(Radiograph(np.zeros((64, 64), np.uint8), (1024, 1024)))
     [(_, overlay)] = results.add(iter([("a", reading, np.zeros((64, 64)))]), Thresholds())
     results.report(tmp_path)
     assert overlay.truth is None and "Precision" not in capsys.readouterr().out

@@ -143,6 +143,6 @@ def test_images_come_as_bytes_with_their_original_size(tmp_path, write_dicom):
     pixels = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
     path = write_dicom(tmp_path / "a.dcm", pixels)
     [reading] = readers.read_images([path], rescale_factor=16, workers=1)
-    image, original_size = reading.value
+    image, original_size, _ = reading.value
     assert original_size == (64, 64) and image.dtype == np.uint8
     np.testing.assert_array_equal(image, (pixels / 4095 * 255 + 0.5).astype(np.uint8))

@@ -150,10 +150,10 @@ def test_an_internal_error_leaves_out_its_image_and_ends_with_status_1(
         phantoms, train_csv, tmp_path, monkeypatch, capfd):
     broken = min((phantoms / "stage_2_train_images").iterdir())
 
-    def read(path, rescale_factor, load=readers.load_and_prepare_image):
+    def read(path, rescale_factor, image_size, load=readers.read_radiograph):
         return load(path, rescale_factor if path != broken else None)  # a mistake of ours
     figures = dict.fromkeys(train.METRIC_NAMES, 0.5)
-    monkeypatch.setattr(readers, "load_and_prepare_image", read)
+    monkeypatch.setattr(readers, "read_radiograph", read)
     monkeypatch.setattr(train, "fit", lambda *_: None)
     monkeypatch.setattr(train, "hand_over", lambda *_: (Thresholds(), figures))
     assert train.main(["--data", str(broken.parent), "--labels", str(train_csv),
