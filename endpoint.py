@@ -13,6 +13,7 @@ import json
 import os
 import re
 import socket
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -33,7 +34,6 @@ MAX_REQUESTS = 16  # at once, those that wait included
 UPLOAD_SECONDS = 60  # until a body must have arrived
 READERS = 4
 JSON, FORM = "application/json", "multipart/form-data"
-PAGE = Path(__file__).with_name("endpoint.html")
 
 
 def get_prediction(pId: str, dicom: str) -> dict[str, dict[str, str]]:
@@ -75,7 +75,7 @@ class Network:
         """The answer to a request, as get_prediction gives it."""
         reading = self.readers.read((content_type, body, self.rescale_factor))
         if reading.trace:  # its last line may hold values of the file
-            print(reading.trace.rstrip().rpartition("\n")[0])
+            print(reading.trace.rstrip().rpartition("\n")[0], file=sys.stderr)
         if reading.problem:
             raise ValueError(reading.problem)
         patient_id, radiograph = reading.value
@@ -98,7 +98,7 @@ def read_request(request: tuple[str, bytes, int]) -> tuple[str, Radiograph]:
     is_json = content_type.lower().startswith(JSON)
     try:
         patient_id, file = _read_json(body) if is_json else _read_form(content_type, body)
-    except (AttributeError, AssertionError, ValueError, RecursionError):
+    except (ValueError, TypeError, AttributeError, AssertionError, RecursionError):
         expected = '{"pId": "...", "dicom": "base64 text"}' if is_json else "a form with one file"
         raise UnreadableImage(f"is not {expected}") from None
     if not patient_id.isprintable() or not re.fullmatch(r'(?![ .])[^<>&"/\\]{1,128}', patient_id):
@@ -107,17 +107,11 @@ def read_request(request: tuple[str, bytes, int]) -> tuple[str, Radiograph]:
 
 
 def _read_json(body):
-    fields = json.loads(body, object_pairs_hook=_unique)
-    if fields.keys() != {"pId", "dicom"} or not isinstance(fields["pId"], str):
+    # pairs, because a dictionary would hide a key that is given twice
+    [(first, text), (second, patient_id)] = json.loads(body, object_pairs_hook=sorted)
+    if (first, second) != ("dicom", "pId") or not isinstance(patient_id, str):
         raise ValueError
-    return fields["pId"], base64.b64decode("".join(fields["dicom"].split()), validate=True)
-
-
-def _unique(pairs):
-    """A dictionary; a key that comes twice has no meaning."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError
-    return dict(pairs)
+    return patient_id, base64.b64decode("".join(text.split()), validate=True)
 
 
 def _read_form(content_type, body):
@@ -156,7 +150,7 @@ def build_app() -> "FastAPI":  # noqa: F821, imported inside
 
     @app.get("/")
     async def page():
-        return FileResponse(PAGE)
+        return FileResponse(Path(__file__).with_name("endpoint.html"))
 
     @app.get("/health")
     async def health():
@@ -183,10 +177,9 @@ def build_app() -> "FastAPI":  # noqa: F821, imported inside
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--host", default="127.0.0.1",
-                        help="address to listen on (default: %(default)s, this computer alone)")
+    parser.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
     parser.add_argument("--port", type=cli.bounded(0, 65535, int), default=8000,
-                        help="port to listen on, 0 for any free one (default: %(default)s)")
+                        help="0 takes any free one (default: %(default)s)")
     return parser
 
 
@@ -202,9 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
         listener = socket.create_server((args.host, args.port), family=family)
     except OSError as error:
-        reason = error.strerror.partition(" (")[0]
-        raise cli.InputError(f"cannot listen on port {args.port} of {args.host} ({reason}): give "
-                             "others with --port and --host")
+        raise cli.InputError(f"cannot listen: {error.strerror}: give another --host or --port")
     network = load_network()
     print(f"ready at http://{args.host}:{listener.getsockname()[1]}; not for clinical use")
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
