@@ -198,7 +198,8 @@ def test_json_that_is_not_an_id_and_base64_is_refused(server, body):
     b"", b"--b--\r\n",
     b'--b\r\nContent-Disposition: form-data; name="pId"\r\n\r\na\r\n--b--\r\n',
     b'--b\r\nContent-Disposition: form-data; name="f"; filename="a"\r\n\r\ntruncated',
-    b'--b\r\nContent-Disposition: form-data; name="f"; filename="a"\r\n\r\n1\r\n' * 2 + b"--b--\r\n"])
+    b'--b\r\nContent-Disposition: form-data; name="f"; filename="a"\r\n\r\n1\r\n' * 2
+    + b"--b--\r\n"])
 def test_a_form_without_exactly_one_file_is_refused(server, body):
     headers = {"Content-Type": "multipart/form-data; boundary=b"}
     response = server.call("POST", "/predict", body, headers)
