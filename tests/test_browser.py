@@ -97,6 +97,7 @@ def test_dropped_files_appear_with_picture_boxes_and_reasons(page, server, radio
 
 def test_annotations_are_downloaded_as_predict_writes_them(page, server, radiographs, tmp_path):
     drop(page, radiographs)
+    sync_api.expect(page.get_by_role("status")).to_have_text("2 done, 1 failed")
     with page.expect_download() as download:
         page.get_by_role("button", name="Download annotations.json").click()
     assert download.value.suggested_filename == "annotations.json"
