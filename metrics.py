@@ -125,9 +125,11 @@ def average_precision_image(predicted_boxes, confidences, target_boxes) -> float
 
 
 def score_mask(mask: np.ndarray, original_size: tuple[int, int], target_boxes: np.ndarray,
-               box_thresholds: Sequence[float]) -> list[float]:
+               box_thresholds: Sequence[float],
+               size_weight: float = Thresholds().size_weight) -> list[float]:
     """Average precision of the boxes found at each box threshold, without a gate."""
-    found = [find_boxes(mask, original_size, Thresholds(box=threshold, gate=0))
+    found = [find_boxes(mask, original_size,
+                        Thresholds(box=threshold, gate=0, size_weight=size_weight))
              for threshold in box_thresholds]
     return [average_precision_image(*predicted, target_boxes) for predicted in found]
 

@@ -11,6 +11,7 @@ import argparse
 import json
 from argparse import BooleanOptionalAction as Switch
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +20,14 @@ import torch
 
 import cli
 import metrics
+from curves import CURVE_THRESHOLDS, draw_scores
 from data_processing import read_labels
 from dataset import PneumoniaDataset
 from dicom import Radiograph, find_radiographs
 from drawing import IMAGE_SIZE, Overlay, save_overlays
 from model import Runtime, choose_runtime, load_checkpoint
 from readers import INTERNAL_ERROR, Reading, read_images
+from report import Row, collect, write_report
 
 
 class Truth(NamedTuple):
@@ -43,18 +46,21 @@ def make_overlay(patient_id: str, radiograph: Radiograph, mask: np.ndarray,
 
 
 def overlays(model: torch.nn.Module, dataset: PneumoniaDataset, indices: Sequence[int],
-             runtime: Runtime, thresholds: metrics.Thresholds, *, image_size: int = IMAGE_SIZE,
+             runtime: Runtime, thresholds: metrics.Thresholds, *,
+             image_size: int | None = IMAGE_SIZE,
              workers: int = 1) -> Iterator[tuple[str, Overlay]]:
     """Yields patient_id and overlay, truth included, of images of a data set, whose files are read
-    once more for display at `image_size` pixels."""
+    once more for display at `image_size` pixels, if that is not None."""
     model.eval()
-    readings = read_images([dataset.paths[index] for index in indices], workers=workers,
-                           rescale_factor=cli.IMAGE_SIDE // dataset.side, image_size=image_size)
+    readings = repeat(Reading())
+    if image_size:
+        readings = read_images([dataset.paths[index] for index in indices], workers=workers,
+                               rescale_factor=cli.IMAGE_SIDE // dataset.side, image_size=image_size)
     for batch in cli.batched(indices, 16):
         images, _ = dataset[batch]
         masks = runtime.predict_masks(model, images)
         for index, image, mask, reading in zip(batch, images[:, 0].numpy(), masks, readings):
-            # the file may be gone by now
+            # without an image size, or if the file is gone by now
             radiograph = reading.value or Radiograph(image, dataset.original_sizes[index])
             patient_id = dataset.patient_ids[index]
             yield patient_id, make_overlay(
@@ -98,29 +104,34 @@ def stored_thresholds(checkpoint: dict[str, Any], box: float | None = None,
 class Results:
     """Boxes, scores and remarks of the files predicted so far."""
 
-    def __init__(self, files: dict[str, Path], skipped: list, truth: Truth):
-        self.files, self.skipped, self.truth = files, skipped, truth
-        self.annotations, self.notes, self.scored = {}, [], []
+    def __init__(self, files: dict[str, Path], skipped: list, truth: Truth,
+                 thresholds: metrics.Thresholds):
+        self.files, self.skipped, self.truth, self.thresholds = files, skipped, truth, thresholds
+        self.annotations, self.notes, self.rows, self.scored = {}, [], [], []
 
     def add(self, predictions: Iterator[tuple[str, Reading, np.ndarray | None]],
-            thresholds: metrics.Thresholds) -> Iterator[tuple[str, Overlay]]:
+            ) -> Iterator[tuple[str, Overlay]]:
         """Takes predictions up as they come, and yields what is drawn of each."""
         for patient_id, reading, mask in predictions:
-            path = self.files[patient_id]
+            path, truth = self.files[patient_id], self.truth.boxes.get(patient_id)
             if reading.problem:
                 self.skipped.append((path, reading.problem))
                 continue
             if reading.note:
                 self.notes.append(f"{path} {reading.note}")
-            truth = self.truth.boxes.get(patient_id)
-            overlay = make_overlay(patient_id, reading.value, mask, thresholds, truth)
-            found = overlay.boxes, overlay.confidences
-            self.annotations[patient_id] = metrics.prediction_string(*found)
+            overlay = make_overlay(patient_id, reading.value, mask, self.thresholds, truth)
+            self.annotations[patient_id] = metrics.prediction_string(
+                overlay.boxes, overlay.confidences)
             if truth is not None:
-                self.scored.append((metrics.image_confidence(mask), len(truth) > 0,
-                                    self.truth.views[patient_id],
-                                    metrics.average_precision_image(*found, truth)))
+                self._score(overlay)
             yield patient_id, overlay
+
+    def _score(self, overlay):
+        scores = metrics.score_mask(
+            overlay.mask, overlay.original_size, overlay.truth,
+            [self.thresholds.box, *CURVE_THRESHOLDS], self.thresholds.size_weight)
+        self.scored.append((metrics.image_confidence(overlay.mask), len(overlay.truth) > 0,
+                            self.truth.views[overlay.patient_id], scores))
 
     def write(self, output: Path) -> None:
         """Writes annotations.json and submission.csv, and skipped.csv if anything was skipped.
@@ -140,25 +151,34 @@ class Results:
         else:
             (output / "skipped.csv").unlink(missing_ok=True)
 
-    def report(self, output: Path) -> None:
-        """Prints what was found, left out and, with labels, scored."""
+    def report(self, output: Path, pictures: str | None) -> None:
+        """Writes report.html and prints what was found, left out and, with labels, scored."""
         cli.warn("images are read with a remark", self.notes)
         cli.warn("files are skipped, see skipped.csv",
-             [f"{path} {reason}" for path, reason in self.skipped])
+                 [f"{path} {reason}" for path, reason in self.skipped])
         found = sum(bool(boxes) for boxes in self.annotations.values())
-        print(f"{len(self.annotations)} images predicted, {found} with opacities; "
-              f"{len(self.skipped)} files skipped; see {output}")
+        summary = (f"{len(self.annotations)} images predicted, {found} with opacities; "
+                   f"{len(self.skipped)} files skipped")
+        lines, figures = [], []
+        if self.scored:
+            evaluation = metrics.Evaluation(float("nan"), *map(np.array, zip(*self.scored)))
+            draw_scores(output, evaluation, self.thresholds)
+            figures.append("scores.png")
+            lines = metrics.score_lines(
+                metrics.summarize(evaluation, self.thresholds.gate), len(self.scored))
+        rows = [*self.rows, *(Row(str(path), "skipped", reason) for path, reason in self.skipped)]
+        path = write_report(output, rows, lines=[str(self.thresholds), summary, *lines],
+                            pictures=pictures, figures=figures)
+        print(f"{summary}; see {path}")
+        self._compare_labels()
+        print(*lines, sep="\n", end="\n" if lines else "")
+
+    def _compare_labels(self):
         if self.truth.boxes:
             missing = self.truth.boxes.keys() - self.annotations.keys()
             cli.warn("ids of the labels have no image that can be read", sorted(missing))
             unlabelled = self.annotations.keys() - self.truth.boxes.keys()
             cli.warn("images have no label and are not scored", sorted(unlabelled))
-        if self.scored:
-            confidences, positive, views, scores = map(np.array, zip(*self.scored))
-            evaluation = metrics.Evaluation(
-                float("nan"), confidences, positive, views, scores[:, None])
-            figures = metrics.summarize(evaluation, gate=0)
-            print(*metrics.score_lines(figures, len(scores)), sep="\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -211,19 +231,19 @@ def main(argv: Sequence[str] | None = None) -> int:
           f"{thresholds}")
 
     # predictions, pictures as they come
-    results = Results(files, skipped, truth)
+    results = Results(files, skipped, truth, thresholds)
     predictions = predict_files(model, files, runtime, batch_size=args.batch_size,
                                 rescale_factor=rescale_factor, workers=args.workers,
                                 image_size=args.image_size if args.save_images else None)
     predictions = cli.progress(predictions, total=len(files), description="predict")
-    pictures = results.add(predictions, thresholds)
+    pictures = collect(results.add(predictions), results.rows)
     if args.save_images:
         save_overlays(output / "images", pictures, heat=args.heat)
     else:
         for _ in pictures:
             pass
     results.write(output)
-    results.report(output)
+    results.report(output, pictures="images" if args.save_images else None)
     internal_error = any(reason == INTERNAL_ERROR for _, reason in skipped)
     return 1 if internal_error or not results.annotations else 0
 

@@ -5,8 +5,8 @@
     python train.py --checkpoint output/last.pth.tar                  # continues a stopped run
     python train.py --folds 3 --fold 0                                # cross-validation
 
-Reads DICOM files and train.csv. Writes checkpoints, annotated images, TensorBoard logs, split.csv
-and metrics.json below --save.
+Reads DICOM files and train.csv. Writes checkpoints, report.html and curves.png, annotated images in
+validation/, TensorBoard logs, split.csv and metrics.json below --save.
 """
 
 import argparse
@@ -30,11 +30,13 @@ from torch.utils.data import BatchSampler, DataLoader, Subset, WeightedRandomSam
 from torch.utils.tensorboard import SummaryWriter
 
 import cli
+from curves import CURVE_THRESHOLDS, draw_history, draw_scores
 from dataset import Augmentation, PneumoniaDataset, load_data
-from drawing import draw_overlay, save_overlays
+from drawing import IMAGE_SIZE, draw_overlay, save_overlays
 from metrics import Evaluation, Thresholds, choose_thresholds, score_lines, score_mask, summarize
 from model import PneumoniaUNET, Runtime, choose_runtime, load_checkpoint, save_checkpoint
 from predict import overlays
+from report import collect, write_report
 
 OPTIMIZERS = {  # class, default overrides
     "adam": (torch.optim.Adam, {"lr": 5e-4}),
@@ -486,8 +488,10 @@ def fit(setup: Setup, history: list[dict], writer: SummaryWriter) -> None:
                               [thresholds.box], batch_size=setup.arguments["batch_size"])
         figures = summarize(evaluation, thresholds.gate)
         scores = {name: figures[name] for name in ("loss", "rsna", "total", "auc")}
-        history.append({"train_loss": train_loss, **scores})
+        learning_rate = training.scheduler.get_last_lr()[0]
+        history.append({"train_loss": train_loss, **scores, "learning_rate": learning_rate})
         save_epoch(training, setup.save, checkpoint_state(setup, thresholds, history))
+        draw_history(setup.save, history)
 
         log_epoch(writer, evaluation, scores, epoch)
         writer.add_scalar("speed/images_per_second", speed, epoch)
@@ -514,15 +518,30 @@ def hand_over(setup: Setup, history: list[dict],
     score = partial(evaluate, model, setup.dataset, batch_size=setup.arguments["batch_size"])
     if setup.arguments["train_threshold"]:
         thresholds = choose_thresholds(partial(score, setup.validation, runtime), thresholds)
-    figures = summarize(score(scored, runtime, [thresholds.box]), thresholds.gate)
+    evaluation = score(scored, runtime, [thresholds.box, *CURVE_THRESHOLDS])
+    figures = summarize(evaluation, thresholds.gate)
     state = checkpoint_state(setup, thresholds, history)
     save_checkpoint(setup.save / "final.pth.tar", model, **state, **rename(figures))
-    if setup.arguments["save_images"]:
-        pictures = overlays(model, setup.dataset, scored, runtime, thresholds,
-                            workers=setup.arguments["workers"])
-        save_overlays(setup.save / "validation",
-                      cli.progress(pictures, total=len(scored), description="draw"))
+    draw_scores(setup.save, evaluation, thresholds)
+    show(setup, scored, thresholds, score_lines(figures, len(scored)))
     return thresholds, figures
+
+
+def show(setup: Setup, scored: Sequence[int], thresholds: Thresholds, lines: list[str]) -> None:
+    """Writes report.html with the rows of the images `scored` and, if asked for, their pictures."""
+    save_images, rows = setup.arguments["save_images"], []
+    pictures = overlays(setup.training.model, setup.dataset, scored, setup.training.runtime,
+                        thresholds, image_size=IMAGE_SIZE if save_images else None,
+                        workers=setup.arguments["workers"])
+    pictures = cli.progress(collect(pictures, rows), total=len(scored), description="draw")
+    if save_images:
+        save_overlays(setup.save / "validation", pictures)
+    else:
+        for _ in pictures:
+            pass
+    write_report(setup.save, rows, lines=[str(thresholds), *lines],
+                 pictures="validation" if save_images else None,
+                 figures=["curves.png", "scores.png"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -574,7 +593,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "scored_images": len(scored),
         "history": history, "arguments": arguments, "versions": versions(), "seconds": seconds}
     cli.write_text(save / "metrics.json", json.dumps(figures_of_run, indent=1))
-    print(thresholds, *score_lines(figures, len(scored)), sep="\n")
+    print(f"see {save / 'report.html'}", thresholds, *score_lines(figures, len(scored)), sep="\n")
     # the other images make a good model, but nobody may miss that some were lost by our fault
     return 1 if dataset.internal_errors else 0
 

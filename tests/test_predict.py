@@ -79,7 +79,8 @@ def test_every_prediction_has_its_picture(mixed):
 
 def test_the_last_line_counts_predictions_and_skipped_files(mixed):
     *_, output, line = mixed
-    assert line == f"4 images predicted, 4 with opacities; 2 files skipped; see {output}"
+    assert line == ("4 images predicted, 4 with opacities; 2 files skipped; "
+                    f"see {output / 'report.html'}")
 
 
 def test_nothing_to_predict_is_status_1(square, checkpoint, tmp_path):
@@ -260,15 +261,14 @@ def perfect(tmp_path):
                           {"ill": "AP", "well": "PA"})
     reading = readers.Reading(Radiograph(np.zeros((64, 64), np.uint8), (1024, 1024)))
     files = {name: tmp_path / f"{name}.dcm" for name in truth.boxes}
-    results = predict.Results(files, [], truth)
+    results = predict.Results(files, [], truth, Thresholds(0.5, 0.5, size_weight=1))
     predictions = [(name, reading, mask) for name, mask in zip(files, masks)]
-    thresholds = Thresholds(0.5, 0.5, size_weight=1)
-    return results, dict(results.add(iter(predictions), thresholds))
+    return results, dict(results.add(iter(predictions)))
 
 
 def test_perfect_predictions_score_1(perfect, tmp_path, capsys):
     results, _ = perfect
-    results.report(tmp_path)
+    results.report(tmp_path, pictures=None)
     assert capsys.readouterr().out.splitlines()[-2:] == [
         "RSNA Mean Average Precision: 1.0000", "Total Average Precision: 0.5000"]
 
@@ -291,10 +291,10 @@ def test_a_picture_knows_its_id_and_the_thresholds_in_use(perfect):
 
 
 def test_without_labels_no_truth_is_drawn_and_nothing_scored(tmp_path, capsys):
-    results = predict.Results({"a": tmp_path}, [], predict.Truth({}, {}))
+    results = predict.Results({"a": tmp_path}, [], predict.Truth({}, {}), Thresholds())
     reading = readers.Reading(Radiograph(np.zeros((64, 64), np.uint8), (1024, 1024)))
-    [(_, overlay)] = results.add(iter([("a", reading, np.zeros((64, 64)))]), Thresholds())
-    results.report(tmp_path)
+    [(_, overlay)] = results.add(iter([("a", reading, np.zeros((64, 64)))]))
+    results.report(tmp_path, pictures=None)
     assert overlay.truth is None and "Precision" not in capsys.readouterr().out
 
 
