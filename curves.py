@@ -45,10 +45,13 @@ def draw_scores(folder: Path, evaluation: Evaluation, thresholds: Thresholds) ->
     positive, confidences, gate = evaluation.positive, evaluation.confidences, thresholds.gate
     if positive.any() and not positive.all():
         roc.plot(*roc_curve(positive, confidences)[:2])
+        above = confidences >= gate
+        roc.plot(above[~positive].mean(), above[positive].mean(), "o", label="gate in use")
+        roc.legend()
         precision.plot(*precision_recall_curve(positive, confidences)[1::-1])
-    roc.set(title="ROC of the image decision", xlabel="false positive rate",
-            ylabel="true positive rate")
-    precision.set(title="precision and recall of it", xlabel="recall", ylabel="precision")
+    roc.set(title="image decision: ROC", xlabel="false positive rate", ylabel="true positive rate")
+    precision.set(title="image decision: precision and recall", xlabel="recall",
+                  ylabel="precision")
     scores = gate_scores(evaluation, gate)[:, 1:]
     score.plot(CURVE_THRESHOLDS, mean_average_precision(scores), label="box threshold")
     scores = [gate_scores(evaluation, step)[:, 0] for step in GATES]

@@ -225,9 +225,9 @@ def reason_of(error: Exception) -> str:
     if "all available plugins" in text:
         return ("holds pixels that no decoder can read: they are damaged, or not what the header "
                 "says")
-    # a message that names a tag or the pixel data is for people; others are about Python objects
-    about_dicom = re.search(r"\([0-9A-F]{4},[0-9A-F]{4}\)|pixel data|file position", text)
-    if about_dicom and not re.search(r"<|\\x|\bb'", text):
+    # a message that names a tag or pixels is for people; others are about Python objects
+    about_file = re.search(r"\([0-9A-F]{4},[0-9A-F]{4}\)|pixel data|file position|image file", text)
+    if about_file and not re.search(r"<|\\x|\bb'", text):
         return f"is damaged or of an unknown kind ({text:.150})"
     return "has a header that is damaged or lacks a needed value"
 

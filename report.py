@@ -21,7 +21,8 @@ body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem
 table { border-collapse: collapse } #rows { table-layout: fixed; width: 100% }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #ccc; text-align: left }
 td { overflow-wrap: anywhere } #rows th { position: sticky; top: 0; background: #fff }
-#rows th + th { cursor: pointer } .figure, dialog img { max-width: 100%; max-height: 92vh }
+#rows th + th { cursor: pointer } #rows th:nth-child(2) { width: 33% }
+.figure, dialog img { max-width: 100%; max-height: 92vh }
 td img { display: block; width: 128px; height: 128px; object-fit: contain; background: #000 }
 dialog { border: 0; padding: 0; background: #000 } form > * { font: inherit; margin-right: 1rem }
 </style>
@@ -45,11 +46,11 @@ function filter() {
   count.value = rows.filter(row => !row.hidden).length + " of " + rows.length + " images";
 }
 function sort(column) {
-  const text = row => row.cells[column].textContent, first = text(body.rows[0]);
+  const keys = new Map(rows.map(row => [row, row.cells[column].textContent]));
   const {compare} = new Intl.Collator("en", {numeric: true});
-  rows.sort((a, b) => compare(text(a), text(b)));
-  if (text(rows[0]) == first) rows.reverse();
-  body.append(...rows);
+  rows.sort((a, b) => compare(keys.get(a), keys.get(b)));
+  if (keys.get(rows[0]) == keys.get(body.rows[0])) rows.reverse();
+  body.replaceChildren(...rows);
 }
 select.onchange = search.oninput = filter;
 document.querySelectorAll("#rows th + th").forEach((head, i) => head.onclick = () => sort(i + 1));

@@ -1,5 +1,6 @@
 import io
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -330,3 +331,175 @@ def test_radiographs_without_phantoms_are_taken(made):
     (made / "synthetic.json").unlink()
     touch(made / "stage_2_train_images" / "c.dcm")
     refuse_mixture(made / "stage_2_train_images")
+
+
+# PNG, JPEG and TIFF
+
+
+def save_image(path, pixels, **options):
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_grey_images_are_read_as_a_dicom_file_of_their_pixels(tmp_path, write_dicom, name, dtype):
+    pixels = (GRADIENT * (200 if dtype == np.uint16 else 1)).astype(dtype)
+    image, size = prepare(save_image(tmp_path / name, pixels))
+    expected, _ = prepare(write_dicom(tmp_path / "a.dcm", pixels))
+    np.testing.assert_array_equal(image, expected)
+    assert size == (64, 64)
+
+
+def test_a_jpeg_file_is_read(tmp_path):
+    image, size = prepare(save_image(tmp_path / "a.jpg", GRADIENT.astype(np.uint8), quality=95))
+    assert size == (64, 64) and np.abs(image - GRADIENT / 189).max() < 0.05
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+def test_a_colour_image_becomes_its_luminance_with_a_note(tmp_path, recwarn, suffix):
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[:32, :, 0], pixels[32:, :, 1] = 200, 200  # red above green
+    image, _ = prepare(save_image(tmp_path / f"a.{suffix}", pixels))
+    assert image[5, 5] == 0 and image[60, 60] == 1
+    assert "is a colour image" in str(recwarn[0].message)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_alpha_is_dropped(tmp_path, mode):
+    picture = Image.fromarray(GRADIENT.astype(np.uint8)).convert(mode)
+    picture.putalpha(Image.new("L", (64, 64), 0))  # all of it transparent
+    picture.save(tmp_path / "a.png")
+    image, _ = prepare(tmp_path / "a.png")
+    np.testing.assert_allclose(image, GRADIENT / 189, atol=1e-6)
+
+
+def test_the_orientation_of_a_photograph_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    pixels = np.zeros((32, 64), np.uint8)
+    pixels[:, :16] = 200  # its left, which becomes its top
+    image, size = prepare(save_image(tmp_path / "a.jpg", pixels, exif=exif))
+    assert size == (64, 32) and image[:12].min() > 0.9 > 0.1 > image[20:].max()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_tiff_file_with_white_at_0_is_inverted(tmp_path, dtype):
+    path = save_image(tmp_path / "a.tif", GRADIENT.astype(dtype))
+    content = bytearray(path.read_bytes())
+    entry = content.index(struct.pack("<HHI", 262, 3, 1))  # photometric interpretation
+    content[entry + 8:entry + 10] = struct.pack("<H", 0)
+    path.write_bytes(content)
+    image, _ = prepare(path)
+    np.testing.assert_allclose(image, 1 - GRADIENT / 189, atol=1e-6)
+
+
+def test_a_tiff_file_of_several_pages_is_read_with_a_note(tmp_path, recwarn):
+    pages = [Image.fromarray((GRADIENT + page).astype(np.uint8)) for page in range(3)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    prepare(tmp_path / "a.tif")
+    assert "has 3 frames; only the first is used" in str(recwarn[0].message)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
+def test_a_truncated_image_is_refused_with_the_reason(tmp_path, name):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8)
+    content = save_image(tmp_path / name, noise).read_bytes()
+    (tmp_path / name).write_bytes(content[:len(content) // 2])
+    with pytest.raises(dicom.UnreadableImage, match="is damaged"):
+        prepare(tmp_path / name)
+
+
+@pytest.mark.parametrize("side", [6000, 20000])
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, side, monkeypatch):
+    Image.new("1", (side, side)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "convert", None)
+    with pytest.raises(dicom.UnreadableImage, match="declares .*33,554,432"):
+        prepare(tmp_path / "a.png")
+
+
+def test_kinds_are_told_apart_by_content(tmp_path, write_dicom):
+    pixels = GRADIENT.astype(np.uint8)
+    path = save_image(tmp_path / "a.png", pixels).rename(tmp_path / "a.dcm")
+    other = write_dicom(tmp_path / "b.dcm", pixels).rename(tmp_path / "b.png")
+    np.testing.assert_array_equal(prepare(path)[0], prepare(other)[0])
+
+
+# The image for display
+
+
+LARGE = GRADIENT.repeat(4, 0).repeat(4, 1).astype(np.uint8)  # 256 x 256
+
+
+@pytest.mark.parametrize("make", [
+    lambda path: jpeg_dicom(path, LARGE), lambda path: save_image(path, LARGE, format="PNG")])
+def test_the_image_for_display_does_not_change_that_of_the_network(tmp_path, make):
+    path = make(tmp_path / "a")
+    alone, shown = dicom.read_radiograph(path, 16), dicom.read_radiograph(path, 16, 200)
+    np.testing.assert_array_equal(alone.image, shown.image)
+    assert alone.display is None and shown.display.shape == (200, 200)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_the_image_for_display_has_all_pixels_and_air_dark(tmp_path, photometric):
+    path = jpeg_dicom(tmp_path / "a.dcm", np.tile(np.arange(256, dtype=np.uint8), (128, 1)),
+                      PhotometricInterpretation=photometric)
+    display = dicom.read_radiograph(path, 16, 1024).display
+    ramp = np.arange(256) if photometric == "MONOCHROME2" else np.arange(256)[::-1]
+    assert display.shape == (128, 256) and np.abs(display - ramp.astype(int)).max() <= 3
+
+
+def test_a_large_image_is_displayed_at_its_aspect(tmp_path, write_dicom):
+    pixels = np.add.outer(np.arange(300), np.arange(1200)).astype(np.uint16)
+    path = write_dicom(tmp_path / "a.dcm", pixels)
+    display = dicom.read_radiograph(path, 16, 400).display
+    assert display.shape == (100, 400) and display.min() == 0 and display.max() == 255
+
+
+# What predict.py reads
+
+
+@pytest.fixture
+def formats(tmp_path, write_dicom):
+    """Folders `mixed` with a DICOM file and two images, and `images` with two images and a file
+    without suffix."""
+    for name in ("mixed", "images"):
+        (tmp_path / name).mkdir()
+        for suffix in ("png", "jpg"):
+            save_image(tmp_path / name / f"{suffix}.{suffix}", GRADIENT.astype(np.uint8))
+    write_dicom(tmp_path / "mixed" / "a.dcm", GRADIENT.astype(np.uint8))
+    (tmp_path / "images" / "LICENSE").write_text("text")
+    return tmp_path
+
+
+def test_images_beside_dicom_files_are_counted_and_not_read(formats, capsys):
+    files, skipped = dicom.find_radiographs([formats / "mixed"])
+    assert (files.keys(), skipped) == ({"a"}, [])
+    assert "2 PNG, JPEG or TIFF files are not read, because" in capsys.readouterr().out
+
+
+def test_images_in_a_folder_without_dicom_files_are_read(formats):
+    files, _ = dicom.find_radiographs([formats / "images"])
+    assert files.keys() == {"png", "jpg", "LICENSE"}  # which is skipped when it is read
+
+
+def test_files_that_are_named_are_read(formats):
+    sources = [formats / "mixed" / "png.png", formats / "mixed" / "a.dcm"]
+    files, _ = dicom.find_radiographs(sources)
+    assert files == {"png": sources[0], "a": sources[1]}
+
+
+def test_files_that_share_their_names_get_ids_below_the_common_folder(formats):
+    sources = [formats / "mixed", formats / "mixed" / "png.png", formats / "images" / "png.png"]
+    files, _ = dicom.find_radiographs(sources)
+    assert files.keys() == {"a", "mixed/png", "images/png"}
+
+
+def test_a_file_that_is_found_twice_is_read_once(formats):
+    files, _ = dicom.find_radiographs([formats / "mixed", formats / "mixed" / "a.dcm"])
+    assert files.keys() == {"a"}
+
+
+def test_pictures_of_an_earlier_run_are_not_searched(formats):
+    files, _ = dicom.find_radiographs([formats / "images"], [formats / "images" / "png.png"])
+    assert files.keys() == {"jpg", "LICENSE"}

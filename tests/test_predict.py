@@ -6,6 +6,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import metrics
 import predict
@@ -179,6 +180,97 @@ def test_batch_size_does_not_change_the_boxes(tmp_path, checkpoint, write_dicom)
             np.testing.assert_allclose(first, second, atol=1e-5)
 
 
+# Pictures and the report
+
+
+def test_pictures_are_the_radiographs_at_the_size_asked_for(tmp_path, checkpoint, write_dicom):
+    pixels = np.random.default_rng(0).integers(0, 4096, (300, 600)).astype(np.uint16)
+    write_dicom(tmp_path / "a.dcm", pixels)
+    run(tmp_path, checkpoint, tmp_path / "output", "--image-size", "500")
+    with Image.open(tmp_path / "output" / "images" / "a.png") as picture:
+        assert picture.mode == "P" and picture.width == 500 and picture.height > 250
+
+
+def test_pictures_do_not_change_the_boxes(tmp_path, phantoms, checkpoint):
+    for flag in ("--save-images", "--no-save-images"):
+        run(phantoms / "stage_2_test_images", checkpoint, tmp_path / flag, flag)
+    assert read_annotations(tmp_path / "--save-images") == (
+        read_annotations(tmp_path / "--no-save-images"))
+
+
+def test_heat_is_drawn_if_asked_for(square, tmp_path, checkpoint):
+    for flag in ("--heat", "--no-heat"):
+        run(square, checkpoint, tmp_path / flag, flag)
+    first, second = ((tmp_path / flag / "images" / "a.png").read_bytes()
+                     for flag in ("--heat", "--no-heat"))
+    assert first != second
+
+
+def test_the_report_links_every_picture_and_names_every_skipped_file(mixed):
+    *_, data, output, _ = mixed
+    page = (output / "report.html").read_text("utf-8")
+    assert page.count('<a href="images/') == 4
+    assert page.count('<tr class="skipped">') == 2 and "readme.txt<td>skipped: is not a" in page
+
+
+def test_without_save_images_the_report_has_no_pictures(square, checkpoint, tmp_path):
+    run(square, checkpoint, tmp_path / "output")
+    run(square, checkpoint, tmp_path / "output", "--no-save-images")
+    page = (tmp_path / "output" / "report.html").read_text("utf-8")
+    assert '<tr class="found"><td><td>a<td>' in page and "<a href" not in page
+
+
+def test_labels_add_scores_and_curves_to_the_report(tmp_path, phantoms, checkpoint):
+    run(phantoms / "stage_2_test_images", checkpoint, tmp_path, "--no-save-images",
+        "--labels", phantoms / "stage_2_test_labels.csv")
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "<th>score" in page and 'src="scores.png"' in page
+    assert (tmp_path / "scores.png").exists()
+
+
+# Other formats
+
+
+def save_image(path, mode="L"):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+    return path
+
+
+def predict_sources(checkpoint, output, *sources):
+    status = predict.main([str(flag) for flag in (
+        "--data", *sources, "--model", checkpoint, "--output", output)])
+    return status, read_annotations(output).keys()
+
+
+@pytest.mark.parametrize("name, mode", [
+    ("a.png", "L"), ("a.png", "RGBA"), ("a.jpg", "RGB"), ("a.tif", "I;16")])
+def test_a_single_image_is_predicted(tmp_path, checkpoint, name, mode):
+    path = save_image(tmp_path / name, mode)
+    assert predict_sources(checkpoint, tmp_path / "output", path) == (0, {"a"})
+    assert (tmp_path / "output" / "images" / "a.png").exists()
+
+
+def test_files_and_folders_are_predicted_together(tmp_path, square, checkpoint):
+    path = save_image(tmp_path / "b.png")
+    assert predict_sources(checkpoint, tmp_path / "output", square, path) == (0, {"a", "b"})
+
+
+def test_figures_of_an_earlier_run_are_not_predicted(tmp_path, checkpoint):
+    save_image(tmp_path / "a.png")
+    save_image(tmp_path / "scores.png")
+    assert predict_sources(checkpoint, tmp_path, tmp_path) == (0, {"a"})
+
+
+def test_damaged_images_are_skipped_with_the_reason(tmp_path, checkpoint):
+    for name in ("a.png", "b.png"):
+        path = save_image(tmp_path / name)
+    path.write_bytes(path.read_bytes()[:2000])
+    assert predict_sources(checkpoint, tmp_path / "output", tmp_path) == (0, {"a"})
+    [(path, reason)] = read_csv(tmp_path / "output" / "skipped.csv")[1:]
+    assert path.endswith("b.png") and reason.startswith("is damaged")
+
+
 # Thresholds
 
 
@@ -198,6 +290,18 @@ def test_a_threshold_of_0_is_kept_and_none_is_replaced(square, tmp_path, capsys,
 ])
 def test_thresholds_are_those_of_the_checkpoint(stored, thresholds):
     assert predict.stored_thresholds(stored) == thresholds
+
+
+@pytest.mark.parametrize("flags, used", [
+    (["--bt", "0.3"], "box threshold 0.30, gate threshold 0.00 (box given by flag)"),
+    (["--gt", "0.9"], "box threshold 0.04, gate threshold 0.90 (gate given by flag)"),
+    (["--box-threshold", "0", "--gate-threshold", "0"],
+     "box threshold 0.00, gate threshold 0.00 (box and gate given by flag)"),
+])
+def test_flags_take_the_place_of_the_checkpoints_thresholds(
+        square, tmp_path, checkpoint, capsys, flags, used):
+    run(square, checkpoint, tmp_path / "output", "--no-save-images", *flags)
+    assert used in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stored, weight", [({}, 1.0), ({"size_weight": 0.8}, 0.8)])

@@ -3,12 +3,15 @@ import hashlib
 import io
 import json
 import math
+import re
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import SMALL, assert_same_weights
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import readers
 import train
@@ -71,8 +74,8 @@ def test_a_run_ends_in_its_thresholds_and_the_lines_of_the_tutorial(finished):
 def test_a_run_writes_its_files_and_no_other(finished):
     save, *_ = finished
     assert {path.name for path in save.iterdir()} == {
-        "last.pth.tar", "loss.best.pth.tar", "prec.best.pth.tar", "final.pth.tar", "images",
-        "logs", "metrics.json", "split.csv"}
+        "last.pth.tar", "loss.best.pth.tar", "prec.best.pth.tar", "final.pth.tar", "validation",
+        "logs", "metrics.json", "split.csv", "report.html", "curves.png", "scores.png"}
 
 
 def test_every_validation_image_is_drawn(finished):
@@ -80,7 +83,35 @@ def test_every_validation_image_is_drawn(finished):
     split = [line.split(",") for line in (save / "split.csv").read_text().splitlines()[1:]]
     validation = {key for key, part in split if part == "validation"}
     assert len(validation) == figures["validation_images"] == figures["scored_images"] == 4
-    assert {path.stem for path in (save / "images").iterdir()} == validation
+    assert {path.stem for path in (save / "validation").iterdir()} == validation
+
+
+def test_the_report_holds_every_validation_image_and_the_figures(finished):
+    save, *_ = finished
+    page = (save / "report.html").read_text("utf-8")
+    sources = set(re.findall(r'<img (?:loading="lazy"|class="figure") src="([^"]*)"', page))
+    pictures = {f"validation/{path.name}" for path in (save / "validation").iterdir()}
+    assert sources == {"curves.png", "scores.png"} | pictures
+
+
+def test_validation_pictures_are_the_radiographs_at_display_resolution(finished):
+    save, *_ = finished
+    with Image.open(next((save / "validation").iterdir())) as picture:
+        assert picture.mode == "P" and picture.width == 1024
+
+
+def test_pictures_in_tensorboard_are_named_by_their_ids(finished):
+    save, *_ = finished
+    events = EventAccumulator(str(save / "logs"), size_guidance={"images": 0}).Reload()
+    ids = {path.stem for path in (save / "validation").iterdir()}
+    tags = events.Tags()["images"]
+    assert tags and {tag.removeprefix("validation/") for tag in tags} <= ids
+
+
+def test_the_history_holds_the_learning_rate_of_each_epoch(finished):
+    _, figures, _ = finished
+    rates = [scores["learning_rate"] for scores in figures["history"]]
+    assert rates[-1] == pytest.approx(0.01 * figures["arguments"]["learning_rate"], rel=0.01)
 
 
 def test_the_final_file_holds_the_last_weights_and_the_thresholds(finished):
@@ -137,7 +168,7 @@ def test_a_fold_is_trained_without_and_scored_alone(start, tmp_path):
     assert parts["test"] == expected and sum(map(len, parts.values())) == 40
     assert len(parts["validation"]) == round(0.1 * (40 - len(expected)))
     assert figures["scored_images"] == len(expected)
-    assert {path.stem for path in (tmp_path / "images").iterdir()} == expected
+    assert {path.stem for path in (tmp_path / "validation").iterdir()} == expected
 
 
 def test_learning_rate_in_log_and_metrics_is_the_value_used(start, tmp_path, monkeypatch):

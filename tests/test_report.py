@@ -1,0 +1,103 @@
+import re
+
+import numpy as np
+import pytest
+
+from drawing import Overlay
+from metrics import Thresholds
+from report import Row, collect, write_report
+
+NAME = "<b>bold<img src=x onerror=alert(1)>&amp;"
+
+
+def write(folder, rows, **options):
+    return write_report(folder, rows, lines=["box threshold 0.50"], **options).read_text("utf-8")
+
+
+def ids(page):
+    return re.findall(r'<tr class="[^"]*"><td>.*?<td>(.*?)<td>', page)
+
+
+def predicted(patient_id, confidence, **fields):
+    return Row(patient_id, "found", confidence=confidence, **fields)
+
+
+# Rows
+
+
+def overlay(truth, boxes=((0, 0, 10, 10),)):
+    boxes = np.array(boxes).reshape(-1, 4)
+    mask = np.full((4, 4), 0.7, np.float32)
+    return Overlay(mask, mask, boxes, np.ones(len(boxes)), (64, 64), truth, "a", Thresholds())
+
+
+@pytest.mark.parametrize("truth, boxes, row", [
+    (None, [[0, 0, 10, 10]], Row("a", "found", "", 0.7)),
+    (np.array([[0, 0, 10, 10]]), [[0, 0, 10, 10]], Row("a", "found", "", 0.7, 1.0, 1)),
+    (np.array([[0, 0, 10, 10]]), [], Row("a", "not found", "", 0.7, 0.0, 1)),
+])
+def test_a_row_holds_what_became_of_an_image(truth, boxes, row):
+    rows, overlays = [], [("a", overlay(truth, boxes))]
+    assert list(collect(overlays, rows)) == overlays
+    assert str(rows[0]._replace(confidence=round(rows[0].confidence, 6))) == str(row)
+
+
+def test_the_highest_confidence_comes_first_and_skipped_files_last(tmp_path):
+    page = write(tmp_path, [Row("s", "skipped", "is damaged"), predicted("a", 0.1),
+                            predicted("b", 0.9)])
+    assert ids(page) == ["b", "a", "s"] and "skipped: is damaged" in page
+
+
+def test_with_truth_the_worst_score_comes_first_and_true_negatives_last(tmp_path):
+    page = write(tmp_path, [predicted("negative", 0.9, true_boxes=0),
+                            predicted("good", 0.9, score=0.8, true_boxes=1),
+                            predicted("bad", 0.2, score=0.1, true_boxes=2)])
+    assert ids(page) == ["bad", "good", "negative"]
+
+
+def test_with_truth_the_decisions_are_counted(tmp_path):
+    page = write(tmp_path, [predicted("a", 0.9, true_boxes=1), predicted("b", 0.9, true_boxes=0),
+                            Row("c", "not found", true_boxes=0), predicted("d", 0.9)])
+    assert "<th>with an opacity<td>1<td>0" in page and "<th>without one<td>1<td>1" in page
+
+
+def test_without_truth_there_are_no_decisions_and_scores(tmp_path):
+    page = write(tmp_path, [predicted("a", 0.9)])
+    assert "with an opacity" not in page and "<th>score" not in page
+
+
+# Text and links
+
+
+@pytest.mark.parametrize("row", [predicted(NAME, 0.5), Row(NAME, "skipped", "no"),
+                                 Row("a", "skipped", NAME)])
+def test_names_with_markup_stay_text(tmp_path, row):
+    page = write(tmp_path, [row])
+    assert "<b>" not in page and "&lt;b&gt;bold&lt;img src=x" in page
+
+
+def test_lines_with_markup_stay_text(tmp_path):
+    page = write_report(tmp_path, [], lines=["<b>"]).read_text()
+    assert "&lt;b&gt;" in page and "<b>" not in page
+
+
+def test_pictures_are_relative_links_loaded_lazily(tmp_path):
+    (tmp_path / "images" / "p 1").mkdir(parents=True)
+    (tmp_path / "images" / "p 1" / "50% #ü.png").touch()
+    page = write(tmp_path, [predicted("p 1/50% #ü", 0.5)], pictures="images")
+    link = "images/p%201/50%25%20%23%C3%BC.png"
+    assert f'<a href="{link}"><img loading="lazy" src="{link}"' in page
+
+
+def test_an_image_without_a_picture_has_no_link(tmp_path):
+    assert "<a href" not in write(tmp_path, [predicted("a" * 300, 0.5)], pictures="images")
+
+
+def test_nothing_is_requested_from_elsewhere(tmp_path):
+    page = write(tmp_path, [predicted("a", 0.5)], figures=["curves.png"])
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert set(sources) == {"data:,", "curves.png"} and "//" not in page
+
+
+def test_bytes_that_are_not_text_are_escaped(tmp_path):
+    assert r"\udcf6" in write(tmp_path, [Row("f\udcf6hn", "skipped", "is damaged")])
