@@ -130,9 +130,7 @@ def _read_form(content_type, body):
 
 def build_app() -> "FastAPI":  # noqa: F821, imported inside
     """POST /predict, GET /health and the page; a refusal is {"detail": reason}, its status 4xx."""
-    from fastapi import FastAPI, HTTPException, Request
-    from fastapi.concurrency import run_in_threadpool
-    from fastapi.responses import FileResponse
+    from fastapi import FastAPI, HTTPException, Request, responses
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     places = asyncio.Semaphore(MAX_REQUESTS)
 
@@ -150,7 +148,7 @@ def build_app() -> "FastAPI":  # noqa: F821, imported inside
 
     @app.get("/")
     async def page():
-        return FileResponse(Path(__file__).with_name("endpoint.html"))
+        return responses.FileResponse(Path(__file__).with_name("endpoint.html"))
 
     @app.get("/health")
     async def health():
@@ -166,7 +164,9 @@ def build_app() -> "FastAPI":  # noqa: F821, imported inside
         async with places:
             try:
                 body = await asyncio.wait_for(receive(request), UPLOAD_SECONDS)
-                return await run_in_threadpool(load_network().predict, content_type, body)
+                network = load_network()
+                return await asyncio.get_running_loop().run_in_executor(
+                    network.readers.threads, network.predict, content_type, body)
             except asyncio.TimeoutError:
                 raise HTTPException(408, f"took more than {UPLOAD_SECONDS} seconds to arrive")
             except ValueError as error:

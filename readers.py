@@ -112,7 +112,7 @@ class ReaderPool:
         self.function, self.started, self.idle = function, [], SimpleQueue()
         for _ in range(readers):
             self._start()
-        self.threads = ThreadPoolExecutor(readers)  # of read_files
+        self.threads = ThreadPoolExecutor(readers)  # to call from
 
     def _start(self):
         # fork starts in milliseconds and is safe here: a reader runs neither PyTorch nor threads

@@ -55,6 +55,8 @@ def main():
                               stdout=subprocess.PIPE)
     try:
         address = server.stdout.readline().partition("http://")[2].partition(";")[0]
+        if not address:
+            sys.exit(1)  # the server has said why
         load(WARM_UP_SECONDS, address, files)
         print("before:", memory(server.pid))
         calls = load(SECONDS, address, files)
