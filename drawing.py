@@ -112,7 +112,7 @@ def _rectangles(boxes, original_size, size):
 
 def _trace(picture, points, colour, dashed):
     """Draws a thin line through points (n, 2), on a black one that shows it on bright ground."""
-    draw, pen = ImageDraw.Draw(picture), round(max(picture.width, picture.height, 512) / 512)
+    draw, pen = ImageDraw.Draw(picture), max(round(max(picture.size) / 512), 2)
     points = np.clip(points, 0, np.subtract(picture.size, 1))
     draw.line(points.ravel().tolist(), 0, pen + 2)
     for piece in _dashes(points, 5 * pen) if dashed else [points]:

@@ -26,15 +26,12 @@ td { overflow-wrap: anywhere } #rows th { position: sticky; top: 0; background: 
 td img { display: block; width: 128px; height: 128px; object-fit: contain; background: #000 }
 dialog { border: 0; padding: 0; background: #000 } form > * { font: inherit; margin-right: 1rem }
 </style>
-<h1>Lung opacities</h1>
-<p>$lines</p>
+<h1>Lung opacities</h1><p>$lines</p>
 $decisions $figures
-<form><select><option value="">all results<option>found<option>not found<option>skipped</select>
-<input type="search" placeholder="search an id"><output></output></form>
-<table id="rows"><thead><tr>$head</tr></thead><tbody>
-$rows
-</tbody></table>
-<dialog><img alt="the picture in full size"></dialog>
+<form onsubmit="return false"><select><option value="">all results<option>found<option>not found
+<option>skipped</select><input type="search" placeholder="search an id"><output></output></form>
+<table id="rows"><thead><tr>$head</tr></thead><tbody>$rows</tbody></table>
+<dialog onclick="this.close()"><img alt="the picture in full size"></dialog>
 <script>
 const [select, search, count] = document.querySelector("form").elements;
 const body = document.querySelector("#rows tbody"), rows = [...body.rows];
@@ -56,15 +53,10 @@ select.onchange = search.oninput = filter;
 document.querySelectorAll("#rows th + th").forEach((head, i) => head.onclick = () => sort(i + 1));
 body.onclick = event => {
   const link = event.target.closest("a");
-  if (!link) return;
-  event.preventDefault();
-  dialog.firstChild.src = link.href;
-  dialog.showModal();
+  if (link) { event.preventDefault(); dialog.firstChild.src = link.href; dialog.showModal(); }
 };
-dialog.onclick = () => dialog.close();
 filter();
 </script>
-</html>
 """)
 
 
@@ -95,10 +87,10 @@ def write_report(folder: Path, rows: Iterable[Row], *, lines: Sequence[str],
                  pictures: str | None = None, figures: Sequence[str] = ()) -> Path:
     """Writes folder/report.html: the worst scores first or, without truth, the highest confidences.
 
-    `lines` of text come first; `pictures` and `figures` are names of a folder and of files in
-    `folder`.
+    `lines` of text come first; `pictures` names a folder and `figures` files, both in `folder`.
     """
-    rows = sorted(rows, key=lambda row: (_nan_last(row.score), _nan_last(-row.confidence)))
+    rows = sorted(rows, key=lambda row: [
+        math.inf if math.isnan(value) else value for value in (row.score, -row.confidence)])
     labelled = [row for row in rows if row.true_boxes is not None]
     names = ["picture", "id", "result", "confidence", "true boxes", "score"][:6 if labelled else 4]
     path = folder / "report.html"
@@ -108,10 +100,6 @@ def write_report(folder: Path, rows: Iterable[Row], *, lines: Sequence[str],
         head="".join(f"<th>{name}" for name in names),
         rows="\n".join(_html_row(row, folder, pictures, len(names)) for row in rows)))
     return path
-
-
-def _nan_last(value):
-    return math.inf if math.isnan(value) else value
 
 
 def _html_row(row, folder, pictures, columns):

@@ -1,7 +1,10 @@
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -65,3 +68,8 @@ def test_the_gate_in_use_is_marked_on_the_roc_curve(tmp_path, figure):
 def test_a_single_class_has_no_decision_curves(tmp_path, figure, positive):
     curves.draw_scores(tmp_path, evaluation(positive), Thresholds())
     assert isinstance(figure[0], Figure) and not figure[0].axes[0].get_lines()
+
+
+def test_a_prediction_without_labels_does_not_wait_for_matplotlib():
+    code = "import predict, sys; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
