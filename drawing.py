@@ -9,7 +9,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,10 +25,8 @@ LEGIBLE, NARROWEST = 400, 48  # pixels; the least of the longest and of the shor
 GREYS, TRUTH, PREDICTION, OUTLINE = 252, 252, 253, 254  # palette: 252 greys, then the lines
 COLOURS = (86, 180, 233), (240, 228, 66), (230, 159, 0)  # RGB; told apart without colour vision
 HEAT, HEAT_OPACITIES = (255, 80, 0), (0, 0.12, 0.24, 0.36)  # for each quarter of probability
-STYLES = {  # (colour, dashed) by name in the legend
-    "mask at box threshold": (OUTLINE, False), "truth": (TRUTH, False),
-    "prediction, confidence": (PREDICTION, True)}
-HEAT_NAME = "mask probability 0 to 1"
+STYLES = {  # (colour, dashed) by name in the legend, in the order of drawing
+    "mask": (OUTLINE, False), "truth": (TRUTH, False), "prediction": (PREDICTION, True)}
 WAITING = 64  # pictures that wait to be drawn; more would fill the memory
 NAME_ERRORS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EILSEQ,
                errno.EINVAL}
@@ -145,23 +143,18 @@ _load_font = cache(ImageFont.load_default)
 
 def _footer(overlay, width, drawn, levels):
     """The strip below a picture: a legend of the names `drawn`, then the id and the thresholds."""
-    font, white = _font(width), GREYS // levels - 1
-    indent, row = font.size // 2, font.size * 3 // 2
-    places, x, y = [], indent, row // 2
-    for name in [*drawn, HEAT_NAME] if drawn and levels > 1 else drawn:
-        needed = 4 * font.size + round(font.getlength(name))
-        if places and x + needed > width:
-            x, y = indent, y + row
-        places.append((x, y, name))
-        x += needed + font.size
+    font = _font(width)
+    row, indent = font.size * 3 // 2, font.size // 2
     lines = _caption(overlay, font, width - 2 * indent)
-    strip = Image.new("L", (width, row * (len(lines) + (y // row + 1 if places else 0))))
-    draw = ImageDraw.Draw(strip)
-    for x, y, name in places:
+    strip = Image.new("L", (width, row * (len(lines) + bool(drawn))))
+    write = partial(ImageDraw.Draw(strip).text, fill=GREYS // levels - 1, font=font, anchor="lm")
+    x, y = indent, row // 2
+    for name in [*drawn, "heat"] if drawn and levels > 1 else drawn:
         _sample(strip, x, y, 3 * font.size, name, levels)
-        draw.text((x + 3.5 * font.size, y), name, white, font, anchor="lm")
-    for place, line in enumerate(lines, -len(lines)):
-        draw.text((indent, strip.height + (place + 0.5) * row), line, white, font, anchor="lm")
+        write((x + 3.5 * font.size, y), name)
+        x += 4.5 * font.size + font.getlength(name)
+    for number, line in enumerate(lines, bool(drawn)):
+        write((indent, (number + 0.5) * row), line)
     return strip
 
 
