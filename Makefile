@@ -25,6 +25,6 @@ soak: .venv/tests-installed
 	.venv/bin/pip install -q -r requirements.txt
 	touch $@
 
-.venv/tests-installed: .venv/installed tests/requirements.txt
+.venv/tests-installed: .venv/installed tests/requirements.txt requirements-extra.txt
 	.venv/bin/pip install -q -r tests/requirements.txt
 	touch $@

@@ -196,6 +196,8 @@ def _is_dicom(path):
 
 
 def _start(path):
+    if isinstance(path, io.BytesIO):
+        return bytes(path.getbuffer()[:132])
     with open(path, "rb") as file:
         return file.read(132)
 
@@ -265,9 +267,9 @@ def load_and_prepare_image(
     return read_radiograph(path, rescale_factor)[:2]
 
 
-def read_radiograph(path: str | Path, rescale_factor: int = 4,
+def read_radiograph(path: str | Path | io.BytesIO, rescale_factor: int = 4,
                     image_size: int | None = None) -> Radiograph:
-    """Reads one DICOM, PNG, JPEG or TIFF file, whatever its name.
+    """Reads one DICOM, PNG, JPEG or TIFF file, whatever its name, or its content in memory.
 
     As load_and_prepare_image, with the display, at most `image_size` pixels on its longest side, if
     that is given; it does not change what the network sees.

@@ -5,10 +5,12 @@ Why not a library: the pool of concurrent.futures breaks with a worker that dies
 semaphores, which a container without /dev/shm lacks, and judges by the clock.
 """
 
+import io
 import mmap
 import multiprocessing
 import os
 import signal
+import stat
 import sys
 import traceback
 import warnings
@@ -75,7 +77,9 @@ def _serve(connection, parent_end, function):
     parent_end.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    _drop_sockets(connection.fileno(), null)
     limit_memory()
     with warnings.catch_warnings(record=True) as caught, suppress(EOFError, OSError):
         warnings.simplefilter("ignore")
@@ -86,19 +90,31 @@ def _serve(connection, parent_end, function):
             connection.send(readings)
 
 
+def _drop_sockets(own, null):
+    """Lets go of inherited sockets, so that a server's connections end when the server ends them;
+    their numbers lead to `null` and are not given out again."""
+    if sys.platform != "linux":  # nothing is inherited
+        return
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):  # that of the listing is closed already
+            if descriptor != own and stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                os.dup2(null, descriptor)
+
+
 _starting = Lock()  # a reader must not inherit the other end of another's pipe before it is closed
 
 
-class _Pool:
-    """Readers, and threads that hand them chunks of paths and wait for the answers."""
+class ReaderPool:
+    """Readers that call `function` on what they are given, each for one caller at a time; calls
+    from any thread wait for an idle one. A reader that ends is replaced."""
 
-    def __init__(self, function, workers):
+    def __init__(self, function: Callable[[Any], Any], readers: int):
         self.function, self.started, self.idle = function, [], SimpleQueue()
-        for _ in range(workers):
-            self.start()
-        self.threads = ThreadPoolExecutor(workers)
+        for _ in range(readers):
+            self._start()
+        self.threads = ThreadPoolExecutor(readers)  # to call from
 
-    def start(self):
+    def _start(self):
         # fork starts in milliseconds and is safe here: a reader runs neither PyTorch nor threads
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
         with _starting:
@@ -107,12 +123,25 @@ class _Pool:
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
-        self.started.append(process)
+            self.started.append(process)
         self.idle.put((process, ours))
 
-    def read(self, chunk):
+    def _replace(self, process, connection):
+        """Ends a reader and starts another; returns the exit code."""
+        connection.close()
+        with _starting:
+            process.kill()
+            process.join()
+            self.started.remove(process)
+        self._start()
+        return process.exitcode
+
+    def read_chunk(self, chunk: list) -> list[Reading] | str:
         """Readings of a chunk, or why its reader ended."""
         process, connection = self.idle.get()
+        while connection.poll():  # nothing is asked yet, so this is the end of a reader
+            self._replace(process, connection)
+            process, connection = self.idle.get()
         problem = f"took more than {WAIT_LIMIT} seconds to read"
         try:
             connection.send(chunk)
@@ -122,21 +151,19 @@ class _Pool:
                 return readings
         except (EOFError, OSError):
             problem = "crashed its decoder"
-        process.kill()
-        process.join()
-        if -process.exitcode == getattr(signal, "SIGPROF", None):
+        if -self._replace(process, connection) == getattr(signal, "SIGPROF", None):
             problem = f"took more than {TIME_LIMIT} seconds of CPU time to decode"
-        self.start()
         return problem
 
-    def read_alone(self, path):
-        """Reading of a file whose reader ended, tried once more."""
-        readings = self.read([path])
+    def read(self, item: Any) -> Reading:
+        """Reading of one item."""
+        readings = self.read_chunk([item])
         return Reading(problem=readings) if isinstance(readings, str) else readings[0]
 
-    def stop(self):
+    def stop(self) -> None:
+        """Ends all readers."""
         self.threads.shutdown(wait=False, cancel_futures=True)
-        for process in self.started:
+        for process in list(self.started):
             process.kill()
         self.threads.shutdown()
         for process in self.started:  # some may have been started since
@@ -157,17 +184,17 @@ def read_files(
     paths, printed, window = list(paths), {""}, deque()
     size = min(chunk_size, len(paths) // (4 * workers) + 1)  # of what a reader gets at a time
     chunks = [paths[first:first + size] for first in range(0, len(paths), size)]
-    pool = _Pool(function, min(workers, len(paths)) or 1)
+    pool = ReaderPool(function, min(workers, len(paths)) or 1)
     try:
         while chunks or window:
             while chunks and len(window) <= 2 * workers:
                 chunk = chunks.pop(0)
-                window.append((chunk, pool.threads.submit(pool.read, chunk)))
+                window.append((chunk, pool.threads.submit(pool.read_chunk, chunk)))
             chunk, future = window.popleft()
             readings = future.result()
             if isinstance(readings, str):
                 wait([future for _, future in window])
-                readings = [pool.read_alone(path) for path in chunk]
+                readings = [pool.read(path) for path in chunk]
             for reading in readings:
                 _print_once(reading.trace, printed)
                 yield reading
@@ -190,7 +217,8 @@ def read_images(paths: Iterable[Path], *, rescale_factor: int, workers: int,
     return read_files(function, paths, workers=workers)
 
 
-def read_image(path: Path, rescale_factor: int, image_size: int | None = None) -> Radiograph:
+def read_image(path: Path | io.BytesIO, rescale_factor: int,
+               image_size: int | None = None) -> Radiograph:
     """read_radiograph with the network's image as uint8 (S, S) in 0..255."""
     radiograph = read_radiograph(path, rescale_factor, image_size)
     return radiograph._replace(image=(radiograph.image * 255 + 0.5).astype(np.uint8))

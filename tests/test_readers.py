@@ -1,11 +1,16 @@
 import _multiprocessing
+import gc
+import io
 import os
 import signal
+import socket
+import sys
 import time
 import warnings
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import readers
 from dicom import UnreadableImage
@@ -139,6 +144,46 @@ def test_no_file_at_all_is_read_by_nobody(tmp_path):
     assert list(readers.read_files(str, [], workers=2)) == []
 
 
+@pytest.fixture
+def pool():
+    """Two readers that return what they are given."""
+    pool = readers.ReaderPool(int, 2)
+    yield pool
+    pool.stop()
+
+
+def kill_all(pool):
+    for process in list(pool.started):
+        process.kill()
+        process.join()
+
+
+def test_a_reader_of_a_server_that_dies_while_it_is_idle_costs_nothing(pool):
+    kill_all(pool)
+    assert [pool.read(number) for number in range(4)] == list(map(readers.Reading, range(4)))
+    assert len(pool.started) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts in /proc")
+def test_a_server_that_loses_many_readers_keeps_no_files_of_them_open(pool):
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(10):
+        kill_all(pool)
+        pool.read(0), pool.read(0)
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_a_reader_holds_no_connection_of_a_server_open():
+    client, server = socket.socketpair()
+    pool = readers.ReaderPool(str, 1)
+    server.close()
+    client.settimeout(10)
+    assert client.recv(1) == b""  # the end: nobody else has it
+    pool.stop()
+    client.close()
+
+
 def test_images_come_as_bytes_with_their_original_size(tmp_path, write_dicom):
     pixels = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
     path = write_dicom(tmp_path / "a.dcm", pixels)
@@ -146,3 +191,14 @@ def test_images_come_as_bytes_with_their_original_size(tmp_path, write_dicom):
     image, original_size, _ = reading.value
     assert original_size == (64, 64) and image.dtype == np.uint8
     np.testing.assert_array_equal(image, (pixels / 4095 * 255 + 0.5).astype(np.uint8))
+
+
+def test_a_file_in_memory_is_read_as_on_disk(tmp_path, write_dicom):
+    path = write_dicom(tmp_path / "a.dcm", np.arange(64 * 64, dtype=np.uint16).reshape(64, 64))
+    Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64)).save(tmp_path / "a.png")
+    for path in (path, tmp_path / "a.png"):
+        expected, read = [readers.read_image(file, 16, 64)
+                          for file in (path, io.BytesIO(path.read_bytes()))]
+        assert expected.original_size == read.original_size
+        np.testing.assert_array_equal(expected.image, read.image)
+        np.testing.assert_array_equal(expected.display, read.display)

@@ -20,8 +20,9 @@ WITH_FLAGS = [path.name for path in SCRIPTS if "def make_parser" in path.read_te
 
 
 def test_files_of_the_table_exist_and_no_script_is_missing():
-    named = set(re.findall(r"^\| `([\w-]+\.(?:py|ipynb))` \|", README, re.M))
-    assert named == {path.name for path in [*SCRIPTS, *NOTEBOOKS]}
+    named = set(re.findall(r"^\| `([\w-]+\.(?:py|ipynb|sh|html))` \|", README, re.M))
+    others = [*ROOT.glob("*.sh"), *ROOT.glob("*.html")]
+    assert named == {path.name for path in [*SCRIPTS, *NOTEBOOKS, *others]}
 
 
 @pytest.mark.parametrize("script", WITH_FLAGS)
@@ -42,7 +43,7 @@ def test_trainml_commands_parse_with_the_real_client(tmp_path):
     for line in commands:
         kind, *words = shlex.split(line.replace("~/rsna", str(tmp_path)))[3:]
         create.commands[kind].make_context(kind, words)
-    assert len(commands) == 4
+    assert len(commands) == 5
 
 
 @pytest.mark.parametrize("command", [

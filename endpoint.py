@@ -1,0 +1,209 @@
+"""Finds lung opacities in one radiograph at a time, for an endpoint job or as a web server.
+
+    MODEL_CHECKPOINT=output/final.pth.tar python endpoint.py
+
+Serves POST /predict, GET /health and, at /, a page to drop files on. Writes no file.
+"""
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+import os
+import re
+import socket
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from threading import Lock
+
+import torch
+
+import cli
+from dicom import Radiograph, UnreadableImage, patient_id_of
+from drawing import IMAGE_SIZE, draw_overlay, encode_png
+from metrics import prediction_string
+from model import choose_runtime, load_checkpoint
+from predict import make_overlay, stored_thresholds
+from readers import INTERNAL_ERROR, ReaderPool, read_image
+
+MAX_BODY = 48 * 2**20  # bytes; 4280 x 3520 pixels of 16 bits take 40 MB as base64
+MAX_REQUESTS = 16  # at once, those that wait included
+UPLOAD_SECONDS = 60  # until a body must have arrived
+READERS = 4
+JSON, FORM = "application/json", "multipart/form-data"
+
+
+def get_prediction(pId: str, dicom: str) -> dict[str, dict[str, str]]:
+    """Answers for one file, given as base64 text, in the form of trainML's endpoints:
+    {pId: {"annotations": "confidence x y width height ...", "image": base64 of a PNG}}.
+
+    Boxes are in original pixels. Raises ValueError with the reason if there is no answer.
+    """
+    return load_network().predict(JSON, json.dumps({"pId": pId, "dicom": dicom}).encode())
+
+
+_loading = Lock()
+
+
+def load_network() -> "Network":
+    """The network of $MODEL_CHECKPOINT or $TRAINML_MODEL_PATH/final.pth.tar, loaded once."""
+    with _loading:
+        return _load_network()
+
+
+@cache
+def _load_network():
+    default = cli.default_path("TRAINML_MODEL_PATH", "final.pth.tar")
+    return Network(cli.require(os.environ.get("MODEL_CHECKPOINT") or default, "file",
+                               flag="MODEL_CHECKPOINT", variable="TRAINML_MODEL_PATH"))
+
+
+class Network:
+    """A trained network, and readers that take requests apart for it; any thread may use it."""
+
+    def __init__(self, checkpoint: Path):
+        self.readers = ReaderPool(read_request, READERS)  # forked before PyTorch starts threads
+        self.runtime = choose_runtime("auto", "auto")
+        self.model, state = load_checkpoint(checkpoint, self.runtime.device)
+        self.rescale_factor = state.get("rescale_factor") or 4
+        self.thresholds, self.running = stored_thresholds(state), Lock()
+
+    def predict(self, content_type: str, body: bytes) -> dict[str, dict[str, str]]:
+        """The answer to a request, as get_prediction gives it."""
+        reading = self.readers.read((content_type, body, self.rescale_factor))
+        if reading.trace:  # its last line may hold values of the file
+            print(reading.trace.rstrip().rpartition("\n")[0], file=sys.stderr)
+        if reading.problem:
+            raise ValueError(reading.problem)
+        patient_id, radiograph = reading.value
+        image = torch.from_numpy(radiograph.image[None, None])
+        with self.running:
+            [mask] = self.runtime.predict_masks(self.model, image)
+        overlay = make_overlay(patient_id, radiograph, mask, self.thresholds)
+        picture = base64.b64encode(encode_png(draw_overlay(overlay))).decode()
+        annotations = prediction_string(overlay.boxes, overlay.confidences)
+        return {patient_id: {"annotations": annotations, "image": picture}}
+
+
+# What a stranger sent is taken apart in a reader
+
+
+def read_request(request: tuple[str, bytes, int]) -> tuple[str, Radiograph]:
+    """The id and the radiograph of a request: a content type, a body and a rescale factor. Raises
+    UnreadableImage with the reason."""
+    content_type, body, rescale_factor = request
+    is_json = content_type.lower().startswith(JSON)
+    try:
+        patient_id, file = _read_json(body) if is_json else _read_form(content_type, body)
+    except (ValueError, TypeError, AttributeError, AssertionError, RecursionError):
+        expected = '{"pId": "...", "dicom": "base64 text"}' if is_json else "a form with one file"
+        raise UnreadableImage(f"is not {expected}") from None
+    if not patient_id.isprintable() or not re.fullmatch(r'(?![ .])[^<>&"/\\]{1,128}', patient_id):
+        raise UnreadableImage('has an id that is not 1 to 128 plain characters without <>&"/\\')
+    return patient_id, read_image(io.BytesIO(file), rescale_factor, IMAGE_SIZE)
+
+
+def _read_json(body):
+    # pairs, because a dictionary would hide a key that is given twice
+    [(first, text), (second, patient_id)] = json.loads(body, object_pairs_hook=sorted)
+    if (first, second) != ("dicom", "pId") or not isinstance(patient_id, str):
+        raise ValueError
+    return patient_id, base64.b64decode("".join(text.split()), validate=True)
+
+
+def _read_form(content_type, body):
+    from python_multipart import create_form_parser
+    files, in_memory = [], {"MAX_MEMORY_FILE_SIZE": MAX_BODY, "UPLOAD_ERROR_ON_BAD_CTE": True}
+    parser = create_form_parser({"Content-Type": content_type}, None, files.append, in_memory)
+    parser.write(body)
+    parser.finalize()
+    [file] = files
+    name = file.file_name.decode()
+    return name if "/" in name else patient_id_of(Path(name)), file.file_object.getvalue()
+
+
+# The server
+
+
+def build_app() -> "FastAPI":  # noqa: F821, imported inside
+    """POST /predict, GET /health and the page; a refusal is {"detail": reason}, its status 4xx."""
+    from fastapi import FastAPI, HTTPException, Request, responses
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    places = asyncio.Semaphore(MAX_REQUESTS)
+
+    async def receive(request):
+        body, more = bytearray(), True
+        while more:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise HTTPException(400, "ended before its body was complete")
+            body += message["body"]
+            more = message["more_body"]
+            if len(body) > MAX_BODY:
+                raise HTTPException(413, f"is larger than {MAX_BODY:,} bytes")
+        return bytes(body)
+
+    @app.get("/")
+    async def page():
+        return responses.FileResponse(Path(__file__).with_name("endpoint.html"))
+
+    @app.get("/health")
+    async def health():
+        return {"status": "ok"}
+
+    @app.post("/predict")
+    async def predict(request: Request):
+        content_type = request.headers.get("Content-Type", "")
+        if not content_type.lower().startswith((JSON, FORM)):
+            raise HTTPException(415, f"is neither {JSON} nor {FORM}")
+        if places.locked():
+            raise HTTPException(503, "comes while all places are taken", {"Retry-After": "1"})
+        async with places:
+            try:
+                body = await asyncio.wait_for(receive(request), UPLOAD_SECONDS)
+                network = load_network()
+                return await asyncio.get_running_loop().run_in_executor(
+                    network.readers.threads, network.predict, content_type, body)
+            except asyncio.TimeoutError:
+                raise HTTPException(408, f"took more than {UPLOAD_SECONDS} seconds to arrive")
+            except ValueError as error:
+                raise HTTPException(500 if str(error) == INTERNAL_ERROR else 400, str(error))
+
+    return app
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
+    parser.add_argument("--port", type=cli.bounded(0, 65535, int), default=8000,
+                        help="0 takes any free one (default: %(default)s)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    try:
+        import python_multipart  # noqa: F401, the readers import it on use
+        import uvicorn
+        app = build_app()
+    except ImportError as error:
+        raise cli.InputError(f"{error.name} is missing: pip install -r requirements-extra.txt")
+    try:
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        listener = socket.create_server((args.host, args.port), family=family)
+    except OSError as error:
+        raise cli.InputError(f"cannot listen: {error.strerror}: give another --host or --port")
+    network = load_network()
+    print(f"ready at http://{args.host}:{listener.getsockname()[1]}; not for clinical use")
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        network.readers.stop()
+
+
+if __name__ == "__main__":
+    cli.run(main)
