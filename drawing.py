@@ -27,7 +27,7 @@ COLOURS = (86, 180, 233), (240, 228, 66), (230, 159, 0)  # RGB; told apart witho
 HEAT, HEAT_OPACITIES = (255, 80, 0), (0, 0.12, 0.24, 0.36)  # for each quarter of probability
 STYLES = {  # (colour, dashed) by name in the legend, in the order of drawing
     "mask": (OUTLINE, False), "truth": (TRUTH, False), "prediction": (PREDICTION, True)}
-WAITING = 64  # pictures that wait to be drawn; more would fill the memory
+WAITING = 32  # pictures that wait to be drawn; more would fill the memory
 NAME_ERRORS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EILSEQ,
                errno.EINVAL}
 

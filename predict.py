@@ -185,8 +185,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument_group("files").add_argument
     data = cli.default_path("TRAINML_DATA_PATH")
+    shown = data.replace("%", "%%")  # argparse fills in what follows a percent sign
     add("--data", "-d", nargs="+", default=[data],
-        help=f"folders or files, DICOM, PNG, JPEG or TIFF (default: {data})")
+        help=f"folders or files, DICOM, PNG, JPEG or TIFF (default: {shown})")
     add("--model", default=cli.default_path("TRAINML_MODEL_PATH", "final.pth.tar"),
         help="checkpoint of the network (default: %(default)s)")
     add("--output", default=cli.default_path("TRAINML_OUTPUT_PATH"),
@@ -227,8 +228,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = cli.require(args.output, "output", flag="--output", variable="TRAINML_OUTPUT_PATH")
     results = [folder for data in sources for folder in cli.result_folders(output, data)]
     files, skipped = find_radiographs(sources, leave_out=results)
-    print(f"{len(files)} files in {', '.join(args.data)}; {runtime.device.type}, {runtime.dtype}; "
-          f"{thresholds}")
+    source = args.data[0] if len(args.data) == 1 else f"{len(args.data)} files and folders"
+    print(f"{len(files)} files in {source}; {runtime.device.type}, {runtime.dtype}; {thresholds}")
 
     # predictions, pictures as they come
     results = Results(files, skipped, truth, thresholds)
