@@ -7,7 +7,7 @@ PYTHON ?= python3
 demo: .venv/installed
 	.venv/bin/python sample_data.py
 	.venv/bin/python data_processing.py
-	.venv/bin/python train.py --optimizer adamw --epochs 8 --train-threshold
+	.venv/bin/python train.py --optimizer adamw --epochs 20 --train-threshold
 	.venv/bin/python predict.py --data data/stage_2_test_images --labels data/stage_2_test_labels.csv --model output/final.pth.tar
 
 test: lint

@@ -2,10 +2,9 @@
 report and the notebooks."""
 
 import errno
+import io
 import os
-import struct
 import textwrap
-import zlib
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -181,23 +180,10 @@ def _caption(overlay, font, width):
 
 
 def encode_png(picture: Image.Image) -> bytes:
-    """A PNG file of an image of mode "P".
-
-    Pillow writes the rows of such an image as they are. Each row less the one above it makes the
-    file of a radiograph 40 % smaller in less time.
-    """
-    pixels = np.asarray(picture)
-    rows = np.empty((pixels.shape[0], pixels.shape[1] + 1), np.uint8)
-    rows[:, 0] = 2  # PNG's filter type Up
-    rows[0, 1:] = pixels[0]
-    np.subtract(pixels[1:], pixels[:-1], out=rows[1:, 1:])
-    packer = zlib.compressobj(1, strategy=zlib.Z_RLE)
-    header = struct.pack(">2I5B", *picture.size, 8, 3, 0, 0, 0)  # 8 bits, indexed
-    chunks = [(b"IHDR", header), (b"PLTE", bytes(picture.getpalette())),
-              (b"IDAT", packer.compress(rows) + packer.flush()), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks)
+    """The bytes of a PNG file of a picture."""
+    content = io.BytesIO()
+    picture.save(content, format="PNG", compress_level=1)  # 6 saves a tenth in three times the time
+    return content.getvalue()
 
 
 def save_overlay(folder: Path, patient_id: str, overlay: Overlay, *, heat: bool = False) -> None:
