@@ -51,7 +51,7 @@ def require(path: str | Path, kind: str, *, flag: str, variable: str | None = No
     if kind == "output":
         try:
             path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=path, buffering=0) as probe:
+            with tempfile.TemporaryFile(dir=path) as probe:
                 probe.write(bytes(4096))
         except OSError as error:
             raise InputError(f"cannot write to {path} ({error.strerror}): give another folder "
