@@ -9,7 +9,6 @@ submission.csv, images/<patientId>.png and, where a file could not be read, skip
 
 import argparse
 import json
-from argparse import BooleanOptionalAction as Switch
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 from pathlib import Path
@@ -194,7 +193,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="folder for the results (default: %(default)s)")
     add("--labels",
         help="train.csv or label table of these images: draws and scores the truth, too")
-    add("--save-images", default=True, action=Switch,
+    add("--save-images", default=True, action=cli.Switch,
         help="write annotated PNG images (default: on)")
     add = parser.add_argument_group("what is marked and drawn").add_argument
     add("--box-threshold", "--bt", type=cli.bounded(0, 1),
@@ -203,7 +202,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="highest probability below which an image has no boxes (default: the checkpoint's)")
     add("--image-size", type=cli.bounded(64, 8192, int), default=IMAGE_SIZE,
         help="longest side of the annotated images in pixels (default: %(default)s)")
-    add("--heat", default=False, action=Switch, help="tint images by the mask (default: off)")
+    add("--heat", default=False, action=cli.Switch, help="tint images by the mask (default: off)")
     parser.add_runtime_options(batch_size=16, rescale_factor=None)
     return parser
 

@@ -16,7 +16,6 @@ import math
 import platform
 import shutil
 import time
-from argparse import BooleanOptionalAction as Switch
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -108,7 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--save", default=cli.default_path("TRAINML_OUTPUT_PATH"),
         help="folder for checkpoints, images, logs and metrics (default: %(default)s)")
     add("--checkpoint", help="last.pth.tar of a run to continue, or weights to start from")
-    add("--save-images", default=True, action=Switch,
+    add("--save-images", default=True, action=cli.Switch,
         help="write annotated images of those that are scored (default: on)")
     add_run_options(parser.add_argument_group("the run").add_argument)
     add_recipe_options(parser.add_argument_group("optimizer and network").add_argument)
@@ -120,13 +119,13 @@ def add_run_options(add: Callable) -> None:
     """The flags on how long a run is and what it is scored on."""
     add("--epochs", "-e", type=cli.bounded(1, math.inf, int), default=2,
         help="passes over the training images (default: %(default)s)")
-    add("--debug", default=False, action=Switch,
+    add("--debug", default=False, action=cli.Switch,
         help="a short run: 2 epochs of 50 steps, 100 images scored, no search (default: off)")
     add("--seed", "-s", type=int, default=42, help="random seed (default: %(default)s)")
     add("--folds", type=cli.bounded(2, math.inf, int),
         help="cross-validation: number of folds, one of which is left out and scored")
     add("--fold", type=cli.bounded(0, math.inf, int), help="the fold that is left out, from 0")
-    add("--train-threshold", default=False, action=Switch,
+    add("--train-threshold", default=False, action=cli.Switch,
         help="search the two thresholds on the validation images (default: off)")
     add("--box-threshold", "--bt", type=cli.bounded(0, 1), default=Thresholds().box,
         help="mask probability above which a pixel belongs to a box, 0 to 1 (default: %(default)s)")
