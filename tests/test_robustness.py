@@ -409,7 +409,7 @@ HUNG = """
 import os
 import readers
 def hang(path):
-    os.write(1, b"hung\n")  # whole, whoever else writes
+    os.write(1, b"hung\\n")  # whole, whoever else writes
     while True:
         pass
 readers.TIME_LIMIT = 2
