@@ -187,7 +187,8 @@ def progress(iterable: Iterable, *, total: int, description: str, unit: str = " 
     options = {"total": total, "desc": description, "unit": unit,
                "unit_scale": scale > 1 and scale, "leave": False}
     if not sys.stderr.isatty():
-        options |= {"file": _JobLog(), "mininterval": LOG_SECONDS, "delay": LOG_SECONDS,
+        options |= {"file": _JobLog(), "mininterval": LOG_SECONDS, "miniters": 1,
+                    "delay": LOG_SECONDS,
                     "bar_format": "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}, "
                                   "{remaining} left{postfix}"}
     return tqdm(iterable, **options)
@@ -198,7 +199,7 @@ class _JobLog(io.StringIO):
 
     def write(self, text: str) -> int:
         if text.strip():
-            print(text.strip(), flush=True)
+            print(*text.split(), flush=True)
         return len(text)
 
 
