@@ -213,6 +213,7 @@ def _is_first():
 def _let_first_tell():
     """Gives the first process time to tell of an error that this one has, too, and to end, upon
     which torchrun ends this one."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # last words are not cut short
     if not _is_first():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(FIRST_SECONDS)
