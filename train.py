@@ -283,10 +283,10 @@ def build_optimizer(model: torch.nn.Module, args: argparse.Namespace, total_step
 
 def fused_form(optimizer: str, device: str, stored: dict | None) -> dict[str, bool]:
     """The option for one kernel over all weights, where PyTorch has it; a run to continue keeps the
-    form that it began with, since their results differ in the last bits."""
+    form that it began with, if the device has it, since their results differ in the last bits."""
     is_fused = device in FUSED.get(optimizer, ())
     if stored:
-        is_fused = stored["param_groups"][0].get("fused")
+        is_fused = is_fused and stored["param_groups"][0].get("fused")
     return {"fused": True} if is_fused else {}
 
 
@@ -459,7 +459,10 @@ def save_epoch(training: Training, save: Path, common: dict[str, Any]) -> None:
 def resume(training: Training, state: dict, source: Path, save: Path, epoch_steps: int) -> None:
     """Takes up the states of a run to continue, and its best files if it saves elsewhere now."""
     for name in STATEFUL:
-        getattr(training, name).load_state_dict(state[name])
+        if state[name]:  # that of a scaler not in use is empty
+            getattr(training, name).load_state_dict(state[name])
+    for group in training.optimizer.param_groups:  # this device may lack the stored form
+        group["fused"] = training.optimizer.defaults.get("fused")
     # other numbers of processes take other numbers of steps
     training.scheduler.last_epoch = len(state["history"]) * epoch_steps - 1
     training.scheduler.step()

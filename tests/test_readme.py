@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from torch.distributed import run
 from trainml.cli import cli
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -42,7 +43,17 @@ def test_trainml_commands_parse_with_the_real_client(tmp_path):
     for line in commands:
         kind, *words = shlex.split(line.replace("~/rsna", str(tmp_path)))[3:]
         create.commands[kind].make_context(kind, words)
-    assert len(commands) == 4
+    assert len(commands) == 5
+
+
+def test_torchrun_commands_parse():
+    commands = re.findall(r"(?<!`)torchrun (-[^&;'`\n]*)", README)
+    for words in commands:
+        args = run.get_args_parser().parse_args(shlex.split(words))
+        script = importlib.import_module(args.training_script.removesuffix(".py"))
+        script.make_parser().parse_args(args.training_script_args)
+        assert args.nproc_per_node == "4"
+    assert len(commands) == 2
 
 
 @pytest.mark.parametrize("command", [
