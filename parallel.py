@@ -5,7 +5,6 @@ functions hands back what it was given.
 """
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -24,14 +23,11 @@ PATIENCE = timedelta(hours=6)  # with the process that prepares the images or dr
 
 def join(runtime: Runtime) -> Runtime:
     """Connects this process to the others that torchrun started, and gives each a GPU of its own.
-
     Raises InputError if there are fewer GPUs than processes.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return runtime
-    if sys.platform != "linux":
-        raise InputError("several processes need Linux: start one without torchrun")
     device, backend = runtime.device, "gloo"
     if device.type == "cuda":
         processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
@@ -74,14 +70,6 @@ def gather(items: list, runtime: Runtime) -> list:
     parts = [None] * runtime.world
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
-
-
-def mean(values: torch.Tensor, runtime: Runtime) -> torch.Tensor:
-    """The mean of the values (N,) over the processes."""
-    if runtime.world > 1:
-        dist.all_reduce(values)
-        values /= runtime.world
-    return values
 
 
 class SharedBatches(BatchSampler):

@@ -85,12 +85,6 @@ def predict_files(model: torch.nn.Module, files: dict[str, Path], runtime: Runti
             yield patient_id, reading, next(masks) if reading.value else None
 
 
-def share_files(files: dict[str, Path], batch_size: int, runtime: Runtime) -> dict[str, Path]:
-    """The files that fall to this process, in the same batches as in a run of one."""
-    batches = list(cli.batched(files, batch_size))
-    return {key: files[key] for batch in parallel.share(batches, runtime) for key in batch}
-
-
 def stored_thresholds(checkpoint: dict[str, Any], box: float | None = None,
                       gate: float | None = None) -> metrics.Thresholds:
     """Thresholds of a checkpoint, or those given instead; earlier files lack some, or hold None for
@@ -246,7 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # predictions, pictures as they come
     results = Results(files, skipped if runtime.rank == 0 else [], truth, thresholds)
-    own = share_files(files, args.batch_size, runtime)
+    batches = list(cli.batched(files, args.batch_size))  # the same in any number of processes
+    own = {key: files[key] for batch in parallel.share(batches, runtime) for key in batch}
     predictions = predict_files(model, own, runtime, batch_size=args.batch_size,
                                 rescale_factor=rescale_factor, workers=args.workers,
                                 image_size=args.image_size if args.save_images else None)

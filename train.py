@@ -358,7 +358,8 @@ def train_one_epoch(training: Training, loader: DataLoader,
         # log; tolist waits for the GPU
         pending.append(loss.detach())
         if step % CHECK_STEPS == 0 or step == len(loader):
-            losses = parallel.mean(torch.stack(pending), runtime).tolist()
+            losses = parallel.gather([torch.stack(pending).tolist()], runtime)
+            losses = np.mean(losses, axis=0).tolist()  # over the processes
             check_losses(losses, step, epoch, scheduler.get_last_lr()[0])
             batches.set_postfix_str(f"step {step}, loss {losses[-1]:.4f}", refresh=False)
             log(losses, scheduler.get_last_lr()[0])
