@@ -8,6 +8,7 @@ import errno
 import io
 import math
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -213,7 +214,6 @@ def _is_first():
 def _let_first_tell():
     """Gives the first process time to tell of an error that this one has, too, and to end, upon
     which torchrun ends this one."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # last words are not cut short
     if not _is_first():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(FIRST_SECONDS)
@@ -234,7 +234,7 @@ def _explain(error):
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         place = error.filename or "output"
         return 1, f"{error.strerror}: {place}; what was written before is intact"
-    if "closed by peer" in text or "reset by peer" in text:
+    if isinstance(error, RuntimeError) and re.search("(closed|reset) by peer", text):  # Gloo
         return 1, "another process of this run has ended"
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
         return 1, "out of memory: lower --batch-size or raise --rescale-factor"
@@ -259,6 +259,7 @@ def run(main: Callable[[], int | None]) -> None:
         message = message if _is_first() else ""
     except Exception as error:
         status, reason = _explain(error)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # last words are not cut short
         _let_first_tell()
         message = f"error: {reason}"
     if message:

@@ -23,6 +23,7 @@ PATIENCE = timedelta(hours=6)  # with the process that prepares the images or dr
 
 def join(runtime: Runtime) -> Runtime:
     """Connects this process to the others that torchrun started, and gives each a GPU of its own.
+
     Raises InputError if there are fewer GPUs than processes.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -88,7 +89,7 @@ def distribute(model: nn.Module, runtime: Runtime) -> nn.Module:
     """What training steps call in place of the model, to average the gradients of all processes."""
     if runtime.world == 1:
         return model
-    if runtime.device.type == "cuda":  # where alone PyTorch has it; replaces layers, not weights
+    if runtime.device.type == "cuda":  # SyncBatchNorm is for GPUs alone; weights stay the same
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return DistributedDataParallel(model)
 
