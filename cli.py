@@ -8,10 +8,12 @@ import errno
 import io
 import math
 import os
+import re
 import signal
 import sys
 import tempfile
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -25,6 +27,7 @@ RESCALE_FACTORS = (1, 2, 4, 8, 16)
 RESULTS = ("images", "validation", "logs", "curves.png", "scores.png")  # in an output folder
 NAMED = 5  # items named in a warning; the rest are counted
 LOG_SECONDS = 30  # between progress lines in a job log
+FIRST_SECONDS = 10  # in which the first of several processes tells of an error
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 
@@ -88,6 +91,7 @@ class Parser(argparse.ArgumentParser):
     """argparse's parser with errors on one line, without the usage before them."""
 
     def error(self, message: str) -> None:
+        _let_first_tell()
         self.exit(2, f"{self.prog}: error: {message}; see --help\n")
 
     def add_runtime_options(self, *, batch_size: int, rescale_factor: int | None) -> None:
@@ -185,7 +189,7 @@ def progress(iterable: Iterable, *, total: int, description: str, unit: str = " 
     """A bar on a terminal; in a job log a plain line every LOG_SECONDS. One of the `total` steps
     stands for `scale` units. `set_postfix_str` of what is returned adds to the bar or line."""
     options = {"total": total, "desc": description, "unit": unit,
-               "unit_scale": scale > 1 and scale, "leave": False}
+               "unit_scale": scale > 1 and scale, "leave": False, "disable": not _is_first()}
     if not sys.stderr.isatty():
         options |= {"file": _JobLog(), "mininterval": LOG_SECONDS, "miniters": 1,
                     "delay": LOG_SECONDS,
@@ -203,6 +207,19 @@ class _JobLog(io.StringIO):
         return len(text)
 
 
+def _is_first():
+    """Whether this is the process that speaks for all that torchrun started on this machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _let_first_tell():
+    """Gives the first process time to tell of an error that this one has, too, and to end, upon
+    which torchrun ends this one."""
+    if not _is_first():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(FIRST_SECONDS)
+
+
 def _terminate(signum, frame):
     raise KeyboardInterrupt(signum)
 
@@ -218,6 +235,8 @@ def _explain(error):
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         place = error.filename or "output"
         return 1, f"{error.strerror}: {place}; what was written before is intact"
+    if isinstance(error, RuntimeError) and re.search("(closed|reset) by peer", text):  # Gloo
+        return 1, "another process of this run has ended"
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
         return 1, "out of memory: lower --batch-size or raise --rescale-factor"
     raise error
@@ -231,13 +250,18 @@ def run(main: Callable[[], int | None]) -> None:
     memory or InternalError; any other keeps its traceback.
     """
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    if not _is_first():
+        sys.stdout = open(os.devnull, "w")
     signal.signal(signal.SIGTERM, _terminate)
     try:
         status, message = main(), ""
     except KeyboardInterrupt as stop:
         status, message = 128 + (stop.args[0] if stop.args else signal.SIGINT), "stopped"
+        message = message if _is_first() else ""
     except Exception as error:
         status, reason = _explain(error)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # last words are not cut short
+        _let_first_tell()
         message = f"error: {reason}"
     if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)

@@ -50,8 +50,7 @@ class PneumoniaDataset(Dataset):
     def __init__(self, files: Mapping[str, Path], boxes: Mapping[str, np.ndarray], *,
                  views: Mapping[str, str] | None = None, rescale_factor: int = 4, workers: int = 1):
         self.side = IMAGE_SIDE // rescale_factor
-        self._map = _allocate(len(files) * self.side**2)
-        self.images = np.frombuffer(self._map, np.uint8).reshape(-1, self.side, self.side)
+        self._map_images(_allocate(len(files) * self.side**2))
         self.patient_ids, self.paths, self.original_sizes = [], [], []
         self.skipped, self.notes = [], []
         readings = read_images(files.values(), rescale_factor=rescale_factor, workers=workers)
@@ -61,6 +60,20 @@ class PneumoniaDataset(Dataset):
         self._check_skipped(len(files))
         self.boxes = [np.asarray(boxes[key], float).reshape(-1, 4) for key in self.patient_ids]
         self.views = [(views or {}).get(key, "") for key in self.patient_ids]
+
+    def _map_images(self, file):
+        self._file, self._map = file, mmap.mmap(file.fileno(), 0)
+        self.images = np.frombuffer(self._map, np.uint8).reshape(-1, self.side, self.side)
+
+    def __getstate__(self) -> dict:
+        """For another process of this machine: the images stay in the nameless file, which Linux
+        lets it open as long as this process keeps it."""
+        file = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
+        return self.__dict__ | {"_file": file, "_map": None, "images": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = state
+        self._map_images(open(state["_file"], "r+b"))
 
     def _add(self, patient_id, path, reading):
         if reading.problem:
@@ -103,18 +116,19 @@ class PneumoniaDataset(Dataset):
 
 
 def _allocate(size):
-    """A nameless temporary file of `size` bytes, mapped into memory."""
-    with tempfile.TemporaryFile() as file:
-        try:
-            file.truncate(size)
-            if hasattr(os, "posix_fallocate"):  # takes the room at once; not on macOS and Windows
-                os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            raise InputError(
-                f"no room for {size / 1e9:.1f} GB of prepared images in {tempfile.gettempdir()} "
-                f"({error.strerror}): set TMPDIR to a larger disk, or raise --rescale-factor"
-            ) from None
-        return mmap.mmap(file.fileno(), size)
+    """A nameless temporary file of `size` bytes."""
+    file = tempfile.TemporaryFile()
+    try:
+        file.truncate(size)
+        if hasattr(os, "posix_fallocate"):  # takes the room at once; not on macOS and Windows
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        file.close()
+        raise InputError(
+            f"no room for {size / 1e9:.1f} GB of prepared images in {tempfile.gettempdir()} "
+            f"({error.strerror}): set TMPDIR to a larger disk, or raise --rescale-factor"
+        ) from None
+    return file
 
 
 class Labelled(NamedTuple):

@@ -130,9 +130,12 @@ class PneumoniaUNET(nn.Module):
 
 
 class Runtime(NamedTuple):
-    """Where a network runs and in which precision: device and autocast dtype."""
+    """Where a network runs and in which precision: device and autocast dtype; which process this is
+    of how many (parallel.py)."""
     device: torch.device
     dtype: torch.dtype
+    rank: int = 0
+    world: int = 1
 
     def load(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (B, 1, S, S) in 0..255 -> float32 in 0..1 on the device, channels last."""

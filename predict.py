@@ -10,6 +10,7 @@ submission.csv, images/<patientId>.png and, where a file could not be read, skip
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ import torch
 
 import cli
 import metrics
+import parallel
 from curves import CURVE_THRESHOLDS, draw_scores
 from data_processing import read_labels
 from dataset import PneumoniaDataset
@@ -132,6 +134,12 @@ class Results:
         self.scored.append((metrics.image_confidence(overlay.mask), len(overlay.truth) > 0,
                             self.truth.views[overlay.patient_id], scores))
 
+    def gather(self, runtime: Runtime) -> None:
+        """Takes up what all processes have found, in the order of the files."""
+        for name in ("skipped", "notes", "rows", "scored"):
+            setattr(self, name, parallel.gather(getattr(self, name), runtime))
+        self.annotations = dict(parallel.gather(list(self.annotations.items()), runtime))
+
     def write(self, output: Path) -> None:
         """Writes annotations.json and submission.csv, and skipped.csv if anything was skipped.
 
@@ -209,7 +217,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    runtime = choose_runtime(args.device, args.precision)
+    runtime = parallel.join(choose_runtime(args.device, args.precision))
     sources = [cli.require(path, "data", flag="--data", variable="TRAINML_DATA_PATH")
                for path in args.data]
     path = cli.require(args.model, "file", flag="--model", variable="TRAINML_MODEL_PATH")
@@ -226,25 +234,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     # files
     output = cli.require(args.output, "output", flag="--output", variable="TRAINML_OUTPUT_PATH")
     results = [folder for data in sources for folder in cli.result_folders(output, data)]
-    files, skipped = find_radiographs(sources, leave_out=results)
+    files, skipped = parallel.once(partial(find_radiographs, sources, leave_out=results), runtime)
     source = args.data[0] if len(args.data) == 1 else f"{len(args.data)} files and folders"
     print(f"{len(files)} files in {source}; {runtime.device.type}, {runtime.dtype}; {thresholds}")
 
     # predictions, pictures as they come
-    results = Results(files, skipped, truth, thresholds)
-    predictions = predict_files(model, files, runtime, batch_size=args.batch_size,
+    results = Results(files, skipped if runtime.rank == 0 else [], truth, thresholds)
+    batches = list(cli.batched(files, args.batch_size))  # the same in any number of processes
+    own = {key: files[key] for batch in parallel.share(batches, runtime) for key in batch}
+    predictions = predict_files(model, own, runtime, batch_size=args.batch_size,
                                 rescale_factor=rescale_factor, workers=args.workers,
                                 image_size=args.image_size if args.save_images else None)
-    predictions = cli.progress(predictions, total=len(files), description="predict")
+    predictions = cli.progress(predictions, total=len(own), description="predict")
     pictures = collect(results.add(predictions), results.rows)
     if args.save_images:
         save_overlays(output / "images", pictures, heat=args.heat)
     else:
         for _ in pictures:
             pass
-    results.write(output)
-    results.report(output, pictures="images" if args.save_images else None)
-    internal_error = any(reason == INTERNAL_ERROR for _, reason in skipped)
+    results.gather(runtime)
+    if runtime.rank == 0:
+        results.write(output)
+        results.report(output, pictures="images" if args.save_images else None)
+    parallel.leave(runtime)
+    internal_error = any(reason == INTERNAL_ERROR for _, reason in results.skipped)
     return 1 if internal_error or not results.annotations else 0
 
 

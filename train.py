@@ -24,10 +24,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import BatchSampler, DataLoader, Subset, WeightedRandomSampler
+from torch import nn
+from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 from torch.utils.tensorboard import SummaryWriter
 
 import cli
+import parallel
 from curves import CURVE_THRESHOLDS, draw_history, draw_scores
 from dataset import Augmentation, PneumoniaDataset, load_data
 from drawing import IMAGE_SIZE, draw_overlay, save_overlays
@@ -48,6 +50,7 @@ FUSED = {"adam": ("cpu", "cuda"), "adamw": ("cpu", "cuda"), "sgd": ("cpu", "cuda
 POSITIVE_WEIGHT = 2  # how much more often an image with opacities is drawn in training
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 DEBUG_EPOCHS, DEBUG_STEPS, DEBUG_VALIDATION_STEPS, DEBUG_IMAGES = 2, 50, 10, 100
+RANK_SEED = 1009  # between the seeds of the processes' augmentation
 SHOWN, SHOWN_SIZE = 4, 512  # validation images in TensorBoard after every epoch; their pixels
 CHECK_STEPS = 20  # between looks at the loss, each of which waits for the GPU
 # flags that a continued run does not inherit, and those that it may change
@@ -69,6 +72,7 @@ class Training(NamedTuple):
     scaler: torch.amp.GradScaler
     augmentation: Augmentation
     runtime: Runtime
+    network: nn.Module  # the model, or what wraps it in a run of several processes
 
 
 class Setup(NamedTuple):
@@ -213,13 +217,15 @@ def _refuse_if(wrong, message):
 
 
 def build_data(args: argparse.Namespace) -> tuple[PneumoniaDataset, dict[str, list[int]]]:
-    """The data set and the indices of its parts; --debug cuts them."""
+    """The data set and the indices of its parts, which split.csv lists; --debug cuts them."""
     limits = {"training": DEBUG_STEPS * args.batch_size, "validation": DEBUG_IMAGES,
               "test": DEBUG_IMAGES}
-    return load_data(
+    dataset, parts = load_data(
         Path(args.data), Path(args.labels), output=Path(args.save), seed=args.seed,
         rescale_factor=args.rescale_factor, workers=args.workers, folds=args.folds,
         fold=args.fold, limits=limits if args.debug else {})
+    cli.write_csv(Path(args.save) / "split.csv", split_rows(dataset, parts))
+    return dataset, parts
 
 
 def build_loader(dataset: PneumoniaDataset, training: Sequence[int], args: argparse.Namespace,
@@ -232,7 +238,8 @@ def build_loader(dataset: PneumoniaDataset, training: Sequence[int], args: argpa
     generator = torch.Generator()
     weights = [POSITIVE_WEIGHT if len(dataset.boxes[index]) else 1 for index in training]
     order = WeightedRandomSampler(weights, len(training), generator=generator)
-    batches = BatchSampler(order, args.batch_size, drop_last=len(training) >= args.batch_size)
+    size = args.batch_size * runtime.world  # of all processes together
+    batches = parallel.SharedBatches(order, size, runtime, drop_last=len(training) >= size)
     loader = DataLoader(Subset(dataset, training), batch_size=None, sampler=batches,
                         generator=generator, pin_memory=runtime.device.type == "cuda")
     return loader, generator
@@ -275,10 +282,10 @@ def build_optimizer(model: torch.nn.Module, args: argparse.Namespace, total_step
 
 def fused_form(optimizer: str, device: str, stored: dict | None) -> dict[str, bool]:
     """The option for one kernel over all weights, where PyTorch has it; a run to continue keeps the
-    form that it began with, since their results differ in the last bits."""
+    form that it began with, if the device has it, since their results differ in the last bits."""
     is_fused = device in FUSED.get(optimizer, ())
     if stored:
-        is_fused = stored["param_groups"][0].get("fused")
+        is_fused = is_fused and stored["param_groups"][0].get("fused")
     return {"fused": True} if is_fused else {}
 
 
@@ -288,7 +295,8 @@ def build_training(model: PneumoniaUNET, args: argparse.Namespace, total_steps: 
     model = model.to(runtime.device, memory_format=torch.channels_last)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     optimizer, scheduler = build_optimizer(model, args, total_steps, stored)
-    return Training(model, optimizer, scheduler, scaler, Augmentation(torch.Generator()), runtime)
+    return Training(model, optimizer, scheduler, scaler, Augmentation(torch.Generator()), runtime,
+                    parallel.distribute(model, runtime))
 
 
 def build_thresholds(args: argparse.Namespace) -> Thresholds:
@@ -329,7 +337,7 @@ def train_one_epoch(training: Training, loader: DataLoader,
                     log: Callable[[list[float], float], None]) -> float:
     """One pass over the loader; calls log(losses, learning_rate) every CHECK_STEPS steps. Returns
     the mean loss."""
-    model, optimizer, scheduler, scaler, augmentation, runtime = training
+    model, optimizer, scheduler, scaler, augmentation, runtime, network = training
     model.train()
     pending, total = [], 0.0
     epoch = scheduler.last_epoch // len(loader) + 1
@@ -339,7 +347,7 @@ def train_one_epoch(training: Training, loader: DataLoader,
         # forward, on the device
         masks = masks.to(runtime.device, non_blocking=True).float()
         images, masks = augmentation(runtime.load(images), masks)
-        loss = combined_loss(runtime.segment(model, images), masks)
+        loss = combined_loss(runtime.segment(network, images), masks)
         # backward, update
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -349,11 +357,13 @@ def train_one_epoch(training: Training, loader: DataLoader,
         # log; tolist waits for the GPU
         pending.append(loss.detach())
         if step % CHECK_STEPS == 0 or step == len(loader):
-            losses = torch.stack(pending).tolist()
+            losses = parallel.gather([torch.stack(pending).tolist()], runtime)
+            losses = np.mean(losses, axis=0).tolist()  # over the processes
             check_losses(losses, step, epoch, scheduler.get_last_lr()[0])
             batches.set_postfix_str(f"step {step}, loss {losses[-1]:.4f}", refresh=False)
             log(losses, scheduler.get_last_lr()[0])
             total, pending = total + sum(losses), []
+    parallel.share_statistics(model, runtime)
     return total / len(loader)
 
 
@@ -371,11 +381,12 @@ def evaluate(model: torch.nn.Module, dataset: PneumoniaDataset, indices: Sequenc
              runtime: Runtime, box_thresholds: Sequence[float], *,
              batch_size: int = 8) -> Evaluation:
     """One pass over images of the data set, scored at box thresholds as predict.py finds boxes.
+    Processes share the batches, and each returns the whole.
 
     Raises InputError if the loss is not finite.
     """
     model.eval()
-    batches = torch.as_tensor(indices).split(batch_size)
+    batches = parallel.share(torch.as_tensor(indices).split(batch_size), runtime)
     losses, confidences, scores = [], [], []
     for batch in cli.progress(batches, total=len(batches), description="validate",
                               scale=batch_size):
@@ -389,6 +400,8 @@ def evaluate(model: torch.nn.Module, dataset: PneumoniaDataset, indices: Sequenc
             size, boxes = dataset.original_sizes[index], dataset.boxes[index]
             confidences.append(float(mask.max()))
             scores.append(score_mask(mask, size, boxes, box_thresholds))
+    rows = parallel.gather(list(zip(losses, confidences, scores)), runtime)
+    losses, confidences, scores = zip(*rows)
     positive = np.array([len(dataset.boxes[index]) > 0 for index in indices])
     views = np.array([dataset.views[index] for index in indices])
     return Evaluation(float(np.mean(losses)), np.array(confidences), positive, views,
@@ -399,7 +412,9 @@ def evaluate(model: torch.nn.Module, dataset: PneumoniaDataset, indices: Sequenc
 
 
 def log_steps(writer: SummaryWriter, scheduler: Any) -> Callable[[list[float], float], None]:
-    """A `log` of train_one_epoch that writes to TensorBoard."""
+    """A `log` of train_one_epoch that writes to TensorBoard, and the chart of both losses."""
+    writer.add_custom_scalars_multilinechart(["loss/train", "loss/validation"], "loss", "both")
+
     def log(losses, learning_rate):
         first = scheduler.last_epoch - len(losses)
         for step, loss in enumerate(losses, first + 1):
@@ -441,10 +456,18 @@ def save_epoch(training: Training, save: Path, common: dict[str, Any]) -> None:
     save_checkpoint(save / "last.pth.tar", training.model, **states, **common)
 
 
-def resume(training: Training, state: dict, source: Path, save: Path) -> None:
+def resume(training: Training, state: dict, source: Path, save: Path, epoch_steps: int) -> None:
     """Takes up the states of a run to continue, and its best files if it saves elsewhere now."""
     for name in STATEFUL:
-        getattr(training, name).load_state_dict(state[name])
+        if state[name]:  # that of a scaler not in use is empty
+            getattr(training, name).load_state_dict(state[name])
+    for group in training.optimizer.param_groups:  # this device may lack the stored form
+        group["fused"] = training.optimizer.defaults.get("fused")
+    # other numbers of processes take other numbers of steps
+    training.scheduler.last_epoch = len(state["history"]) * epoch_steps - 1
+    training.scheduler.step()
+    if training.runtime.rank > 0:
+        return
     for name in ("loss.best.pth.tar", "prec.best.pth.tar"):
         if (source / name).exists() and not (save / name).exists():
             model, best = load_checkpoint(source / name)
@@ -491,7 +514,7 @@ def hint_to_continue(save: Path, history: list) -> Iterator[None]:
     """Tells a run that is stopped how it goes on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RuntimeError):
         last = save / "last.pth.tar"
         if history and last.exists():
             print(f"continue with: python train.py --checkpoint {last} --save {save}")
@@ -515,23 +538,22 @@ def versions() -> dict[str, str]:
 
 def seed_epoch(setup: Setup, epoch: int) -> None:
     """Makes the draws of an epoch, counted from 1, depend on its number and --seed alone, so that a
-    continued run repeats them."""
-    for generator in (setup.order, setup.training.augmentation.generator):
-        generator.manual_seed(setup.arguments["seed"] * 1_000_003 + epoch - 1)
+    continued run repeats them. Processes draw the same order, and augment each in its own way."""
+    seed, rank = setup.arguments["seed"] * 1_000_003 + epoch - 1, setup.training.runtime.rank
+    setup.order.manual_seed(seed)
+    setup.training.augmentation.generator.manual_seed(seed + RANK_SEED * rank)
 
 
-def fit(setup: Setup, history: list[dict], writer: SummaryWriter) -> None:
-    """Trains the epochs that the history lacks, adds their scores to it, and keeps the files
-    last, loss.best and prec.best."""
+def fit(setup: Setup, history: list[dict], writer: SummaryWriter | None) -> None:
+    """Trains the epochs that the history lacks and adds their scores to it. The process that has
+    the writer keeps the files."""
     training, thresholds, epochs = setup.training, setup.thresholds, setup.arguments["epochs"]
-    writer.add_custom_scalars_multilinechart(["loss/train", "loss/validation"], "loss", "both")
-    shown = [index for index in setup.validation if len(setup.dataset.boxes[index])][:SHOWN]
-    log = log_steps(writer, training.scheduler)
+    log = log_steps(writer, training.scheduler) if writer else lambda *_: None
     for epoch in range(len(history) + 1, epochs + 1):
         seed_epoch(setup, epoch)
         started = time.monotonic()
         train_loss = train_one_epoch(training, setup.loader, log)
-        images = len(setup.loader) * setup.arguments["batch_size"]
+        images = len(setup.loader) * setup.loader.sampler.batch_size
         speed = images / (time.monotonic() - started)
 
         evaluation = evaluate(training.model, setup.dataset, setup.validation, training.runtime,
@@ -540,18 +562,24 @@ def fit(setup: Setup, history: list[dict], writer: SummaryWriter) -> None:
         scores = {name: figures[name] for name in ("loss", "rsna", "total", "auc")}
         learning_rate = training.scheduler.get_last_lr()[0]
         history.append({"train_loss": train_loss, **scores, "learning_rate": learning_rate})
-        save_epoch(training, setup.save, checkpoint_state(setup, thresholds, history))
-        draw_history(setup.save, history)
-
-        log_epoch(writer, evaluation, history[-1], speed, epoch)
-        pictures = overlays(training.model, setup.dataset, shown, training.runtime, thresholds,
-                            image_size=SHOWN_SIZE)
-        for patient_id, overlay in pictures:
-            picture = np.asarray(draw_overlay(overlay, legend=False).convert("RGB"))
-            writer.add_image(f"validation/{patient_id}", picture, epoch, dataformats="HWC")
+        if writer:
+            save_epoch(training, setup.save, checkpoint_state(setup, thresholds, history))
+            draw_history(setup.save, history)
+            log_epoch(writer, evaluation, history[-1], speed, epoch)
+            log_pictures(writer, setup, epoch)
         print(f"epoch {epoch}/{epochs}: loss {train_loss:.4f}, validation loss "
               f"{scores['loss']:.4f}, RSNA mAP {scores['rsna']:.4f}, total AP "
               f"{scores['total']:.4f}, AUC {scores['auc']:.4f}, {speed:.1f} images/s", flush=True)
+
+
+def log_pictures(writer: SummaryWriter, setup: Setup, epoch: int) -> None:
+    """Shows the first few validation images with opacities in TensorBoard."""
+    shown = [index for index in setup.validation if len(setup.dataset.boxes[index])][:SHOWN]
+    pictures = overlays(setup.training.model, setup.dataset, shown, setup.training.runtime,
+                        setup.thresholds, image_size=SHOWN_SIZE)
+    for patient_id, overlay in pictures:
+        picture = np.asarray(draw_overlay(overlay, legend=False).convert("RGB"))
+        writer.add_image(f"validation/{patient_id}", picture, epoch, dataformats="HWC")
 
 
 def hand_over(setup: Setup, history: list[dict]) -> tuple[Thresholds, dict[str, float]]:
@@ -568,14 +596,16 @@ def hand_over(setup: Setup, history: list[dict]) -> tuple[Thresholds, dict[str, 
         thresholds = choose_thresholds(partial(score, setup.validation, runtime), thresholds)
     evaluation = score(setup.scored, runtime, [thresholds.box, *CURVE_THRESHOLDS])
     figures = summarize(evaluation, thresholds.gate)
-    state = checkpoint_state(setup, thresholds, history)
-    save_checkpoint(setup.save / "final.pth.tar", model, **state, **rename(figures))
-    draw_scores(setup.save, evaluation, thresholds)
-    show(setup, setup.scored, thresholds, score_lines(figures, len(setup.scored)))
+    if runtime.rank == 0:
+        state = checkpoint_state(setup, thresholds, history)
+        save_checkpoint(setup.save / "final.pth.tar", model, **state, **rename(figures))
+        draw_scores(setup.save, evaluation, thresholds)
+        write_pages(setup, setup.scored, thresholds, score_lines(figures, len(setup.scored)))
     return thresholds, figures
 
 
-def show(setup: Setup, scored: Sequence[int], thresholds: Thresholds, lines: list[str]) -> None:
+def write_pages(setup: Setup, scored: Sequence[int], thresholds: Thresholds,
+                lines: list[str]) -> None:
     """Writes report.html with the rows of the images `scored` and, if asked for, their pictures."""
     save_images, rows = setup.arguments["save_images"], []
     pictures = overlays(setup.training.model, setup.dataset, scored, setup.training.runtime,
@@ -595,7 +625,7 @@ def show(setup: Setup, scored: Sequence[int], thresholds: Thresholds, lines: lis
 def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     args, model, state = parse_args(argv)
-    runtime = choose_runtime(args.device, args.precision)
+    runtime = parallel.join(choose_runtime(args.device, args.precision))
     save = check_paths(args)
     arguments = plain_args(args)
     print(*(f"{key}={value}" for key, value in arguments.items()),
@@ -605,8 +635,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(args.seed)
     model = build_model(args, model)
     check_disk(save, model)
-    dataset, parts = build_data(args)
-    cli.write_csv(save / "split.csv", split_rows(dataset, parts))
+    dataset, parts = parallel.once(partial(build_data, args), runtime)
     print(" and ".join(f"{len(part)} {name}" for name, part in parts.items()), "images", flush=True)
     loader, order = build_loader(dataset, parts["training"], args, runtime)
     prepared = time.monotonic()
@@ -615,23 +644,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     total_steps = args.epochs * len(loader)
     training = build_training(model, args, total_steps, runtime, state.get("optimizer"))
     if "optimizer" in state:
-        resume(training, state, Path(args.checkpoint).parent, save)
+        resume(training, state, Path(args.checkpoint).parent, save, len(loader))
     history = list(state.get("history", []))
     setup = Setup(training, loader, order, dataset, parts, build_thresholds(args), save, arguments)
 
     # epochs, final score
-    with SummaryWriter(save / "logs", purge_step=training.scheduler.last_epoch or None) as writer:
+    logs = partial(SummaryWriter, save / "logs", purge_step=training.scheduler.last_epoch or None)
+    with logs() if runtime.rank == 0 else contextlib.nullcontext() as writer:
         with hint_to_continue(save, history):
             fit(setup, history, writer)
         trained = time.monotonic()
         thresholds, figures = hand_over(setup, history)
-        log_comparison(writer, arguments, figures)
-
-    # metrics.json, last lines
-    seconds = {"prepare": prepared - started, "train": trained - prepared,
-               "score": time.monotonic() - trained}
-    record = run_record(setup, history, thresholds, figures, seconds)
-    cli.write_text(save / "metrics.json", json.dumps(record, indent=1))
+        seconds = {"prepare": prepared - started, "train": trained - prepared,
+                   "score": time.monotonic() - trained}
+        if writer:
+            log_comparison(writer, arguments, figures)
+            record = run_record(setup, history, thresholds, figures, seconds)
+            cli.write_text(save / "metrics.json", json.dumps(record, indent=1))
+    parallel.leave(runtime)
     print(f"see {save / 'report.html'}", thresholds, *score_lines(figures, len(setup.scored)),
           sep="\n")
     # the other images make a good model, but nobody may miss that some were lost by our fault

@@ -71,8 +71,8 @@ def test_wait_for_data_is_part_of_the_epoch(data, capsys):
     assert 0 < float(share) < 100
 
 
-PRODUCTS = 615168 * 64**2  # by hand: 615,168 a pixel in the convolutions
-FIRST_LAYER = 2 * 9 * 64 * 64**2
+PRODUCTS = 154080 * 64**2  # by hand: 154,080 a pixel in the convolutions
+FIRST_LAYER = 2 * 9 * 32 * 64**2
 
 
 def test_operations_of_inference_are_those_counted_by_hand():

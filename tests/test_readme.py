@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from torch.distributed import run
 from trainml.cli import cli
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -20,7 +21,8 @@ WITH_FLAGS = [path.name for path in SCRIPTS if "def make_parser" in path.read_te
 
 
 def test_files_of_the_table_exist_and_no_script_is_missing():
-    named = set(re.findall(r"^\| `([\w-]+\.(?:py|ipynb|sh|html))` \|", README, re.M))
+    rows = re.findall(r"^\| (`.*?`) \|", README, re.M)
+    named = set(re.findall(r"`([\w-]+\.(?:py|ipynb|sh|html))`", " ".join(rows)))
     others = [*ROOT.glob("*.sh"), *ROOT.glob("*.html")]
     assert named == {path.name for path in [*SCRIPTS, *NOTEBOOKS, *others]}
 
@@ -35,15 +37,36 @@ def test_python_commands_parse(script):
     assert commands
 
 
-def test_trainml_commands_parse_with_the_real_client(tmp_path):
+@pytest.fixture
+def create(tmp_path):
+    """create(line) returns the options of a `trainml job create` command by the real client."""
     for name in ("new_images", "output"):
         (tmp_path / name).mkdir()
-    commands = [line for line in COMMANDS if line.startswith("trainml job create")]
-    create = cli.commands["job"].commands["create"]
-    for line in commands:
+
+    def create(line):
         kind, *words = shlex.split(line.replace("~/rsna", str(tmp_path)))[3:]
-        create.commands[kind].make_context(kind, words)
+        command = cli.commands["job"].commands["create"].commands[kind]
+        return command.make_context(kind, words).params
+    return create
+
+
+def test_trainml_commands_parse_with_the_real_client(create):
+    commands = [line for line in COMMANDS if line.startswith("trainml job create")]
+    for line in commands:
+        create(line)
     assert len(commands) == 5
+
+
+def test_the_marathon_on_several_gpus_parses_as_described(create):
+    torchrun = "torchrun --standalone --nproc-per-node 4 train.py"
+    assert f"`{torchrun} ...`" in README and "add `--gpu-count 4`" in README
+    [marathon] = [line for line in COMMANDS if '"Marathon"' in line]
+    line = marathon.replace("training", "training --gpu-count 4", 1)
+    params = create(line.replace("python train.py", torchrun))
+    [words] = re.findall(f"{torchrun[9:]} .*", str(params))
+    assert params["gpu_count"] == 4
+    script = run.get_args_parser().parse_args(shlex.split(words.split("'")[0])).training_script_args
+    importlib.import_module("train").make_parser().parse_args(script)
 
 
 @pytest.mark.parametrize("command", [

@@ -372,6 +372,24 @@ def test_a_run_that_began_without_the_fused_form_goes_on_without(stored):
     assert not train.fused_form("adamw", "cpu", {"param_groups": [stored]})
 
 
+def test_a_run_goes_on_without_the_fused_form_on_a_device_that_lacks_it():
+    assert not train.fused_form("adagrad", "cuda", {"param_groups": [{"fused": True}]})
+
+
+def test_a_run_goes_on_in_another_precision_and_form_of_the_optimizer(tmp_path):
+    args, _, _ = train.parse_args(["--optimizer", "adagrad", "--width", "4"])
+    begun, training = (train.build_training(train.build_model(args), args, 10, CPU, stored)
+                       for stored in (None, {"param_groups": [{}]}))
+    begun.optimizer.step()
+    begun.scheduler.step()
+    state = {name: getattr(begun, name).state_dict() for name in train.STATEFUL}
+    scaling = training._replace(scaler=torch.amp.GradScaler("cpu"))  # as for float16 on a GPU
+    train.resume(scaling, {**state, "history": [{}, {}]}, tmp_path, tmp_path, 5)
+    assert state["optimizer"]["param_groups"][0]["fused"]
+    assert not training.optimizer.param_groups[0]["fused"]
+    assert training.scheduler.last_epoch == 10
+
+
 def test_too_little_room_for_checkpoints_is_found_out_before_training(tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 5_000_000})
     monkeypatch.setattr(train.shutil, "disk_usage", lambda folder: usage)

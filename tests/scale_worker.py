@@ -1,0 +1,58 @@
+"""Run by torchrun from test_scale.py, which compares what it writes with one process's results.
+
+Takes a folder with batches.pt, start.pth.tar and study.pt. Trains on the parts of the batches that
+fall to this process, evaluates the start weights, and writes result.pt.
+"""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+import parallel
+import train
+from dataset import PneumoniaDataset
+from model import choose_runtime, load_checkpoint
+
+# at the default rate 20 steps amplify the last bits of a sum in another order to 4e-4
+FLAGS = ["--optimizer", "sgd", "--lr", "0.02", "--width", "4", "--rescale-factor", "16"]
+
+
+class Batches(list):
+    """A loader of batches that are there already."""
+    sampler = SimpleNamespace(batch_size=4)
+
+
+def build_training(start, steps, runtime):
+    """A training from the start weights whose batches are augmented already."""
+    args, _, _ = train.parse_args(FLAGS)
+    training = train.build_training(load_checkpoint(start)[0], args, steps, runtime)
+    return training._replace(augmentation=lambda images, masks: (images, masks))
+
+
+def open_study(path):
+    """The data set of a file of paths and boxes."""
+    study = torch.load(path, weights_only=False)
+    return PneumoniaDataset(study["files"], study["boxes"], rescale_factor=16)
+
+
+def main(folder):
+    runtime = parallel.join(choose_runtime("cpu", "fp32"))
+    dataset = parallel.once(lambda: open_study(folder / "study.pt"), runtime)
+    start = folder / "start.pth.tar"
+    evaluation = train.evaluate(load_checkpoint(start)[0], dataset, range(len(dataset)), runtime,
+                                [0.04, 0.05], batch_size=3)
+    images, masks = torch.load(folder / "batches.pt")  # (steps, parts, B, 1, S, S)
+    training, losses = build_training(start, len(images), runtime), []
+    own = Batches(zip(images[:, runtime.rank], masks[:, runtime.rank]))
+    train.train_one_epoch(training, own, lambda values, _: losses.extend(values))
+    ids = parallel.gather([dataset.patient_ids], runtime)
+    if runtime.rank == 0:
+        torch.save({"losses": losses, "weights": training.model.state_dict(), "ids": ids,
+                    "evaluation": tuple(evaluation)}, folder / "result.pt")
+    parallel.leave(runtime)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
