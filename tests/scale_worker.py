@@ -48,8 +48,9 @@ def main(folder):
     own = Batches(zip(images[:, runtime.rank], masks[:, runtime.rank]))
     train.train_one_epoch(training, own, lambda values, _: losses.extend(values))
     ids = parallel.gather([dataset.patient_ids], runtime)
+    states = parallel.gather([training.model.state_dict()], runtime)
     if runtime.rank == 0:
-        torch.save({"losses": losses, "weights": training.model.state_dict(), "ids": ids,
+        torch.save({"losses": losses, "states": states, "ids": ids,
                     "evaluation": tuple(evaluation)}, folder / "result.pt")
     parallel.leave(runtime)
 

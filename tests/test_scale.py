@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -63,6 +64,18 @@ def test_each_drawn_index_goes_to_exactly_one_process(world):
     for batch, *parts in zip(whole, *shares, strict=True):
         assert [len(part) for part in parts] == [4] * world
         assert sorted(batch) == sorted(sum(parts, []))
+
+
+def test_processes_draw_the_same_order_and_augment_each_in_its_own_way():
+    def draw(rank):
+        augmentation, order = Augmentation(torch.Generator()), torch.Generator()
+        training = SimpleNamespace(augmentation=augmentation, runtime=CPU._replace(rank=rank))
+        train.seed_epoch(SimpleNamespace(arguments={"seed": 1}, order=order, training=training), 3)
+        return [torch.rand(4, generator=one).tolist() for one in (order, augmentation.generator)]
+    draws = [draw(rank) for rank in range(3)]
+    assert draws[0][0] == draws[1][0] == draws[2][0]
+    assert draws[0][1] == draws[0][0]  # as in a run of one process
+    assert len({str(augmentation) for _, augmentation in draws}) == 3
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 12])
@@ -146,8 +159,15 @@ def test_processes_train_as_one_that_averages_the_gradients_of_their_parts(sever
     losses, weights = train_alone(study, processes)
     assert result["losses"] == pytest.approx(losses, abs=1e-4)
     for name, values in weights.items():
-        torch.testing.assert_close(result["weights"][name], values, atol=1e-4, rtol=0, msg=name)
+        torch.testing.assert_close(result["states"][0][name], values, atol=1e-4, rtol=0)
     assert losses[-1] < losses[0] - 0.03
+
+
+def test_all_processes_end_an_epoch_with_the_same_weights_and_statistics(several):
+    first, *others = several[1]["states"]
+    for state in others:
+        for name, values in first.items():
+            assert torch.equal(state[name], values), name
 
 
 def test_processes_score_each_image_as_one_does(several, study):
