@@ -8,7 +8,8 @@ demo: .venv/installed
 	.venv/bin/python sample_data.py
 	.venv/bin/python data_processing.py
 	.venv/bin/python train.py --optimizer adamw --epochs 20 --train-threshold
-	.venv/bin/python predict.py --data data/stage_2_test_images --labels data/stage_2_test_labels.csv --model output/final.pth.tar
+	.venv/bin/python predict.py --data data/stage_2_test_images --labels data/stage_2_test_labels.csv --model output/final.pth.tar \
+	  --output output/predictions
 
 test: lint
 	.venv/bin/python -m pytest -q
