@@ -16,7 +16,7 @@ from dataset import PneumoniaDataset
 from model import choose_runtime, load_checkpoint
 
 # at the default rate 20 steps amplify the last bits of a sum in another order to 4e-4
-FLAGS = ["--optimizer", "sgd", "--lr", "0.02", "--width", "4", "--rescale-factor", "16"]
+FLAGS = ["--optimizer", "sgd", "--lr", "0.01", "--width", "4", "--rescale-factor", "16"]
 
 
 class Batches(list):
