@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = cli.require(args.output, "output", flag="--output", variable="TRAINML_OUTPUT_PATH")
     results = [folder for data in sources for folder in cli.result_folders(output, data)]
     files, skipped = parallel.once(partial(find_radiographs, sources, leave_out=results), runtime)
-    source = args.data[0] if len(args.data) == 1 else f"{len(args.data)} files and folders"
+    source = args.data[0] if len(args.data) == 1 else f"the {len(args.data)} paths given"
     print(f"{len(files)} files in {source}; {runtime.device.type}, {runtime.dtype}; {thresholds}")
 
     # predictions, pictures as they come
