@@ -23,7 +23,7 @@ WITH_FLAGS = [path.name for path in SCRIPTS if "def make_parser" in path.read_te
 def test_files_of_the_table_exist_and_no_script_is_missing():
     rows = re.findall(r"^\| (`.*?`) \|", README, re.M)
     named = set(re.findall(r"`([\w-]+\.(?:py|ipynb|sh|html))`", " ".join(rows)))
-    others = [*ROOT.glob("*.sh"), *ROOT.glob("*.html")]
+    others = [*ROOT.glob("*.sh"), ROOT / "endpoint.html"]  # a run may leave its report.html here
     assert named == {path.name for path in [*SCRIPTS, *NOTEBOOKS, *others]}
 
 
