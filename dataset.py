@@ -175,15 +175,6 @@ def load_parts(labelled: Labelled, parts: Mapping[str, list[str]], *, rescale_fa
                      for name, ids in parts.items()}
 
 
-def load_data(data: Path, labels: Path, *, output: Path, rescale_factor: int, workers: int,
-              seed: int, folds: int | None, fold: int | None,
-              limits: Mapping[str, int]) -> tuple[PneumoniaDataset, dict[str, list[int]]]:
-    """find_labelled, split and load_parts in one call."""
-    labelled = find_labelled(data, labels, output)
-    parts = split(labelled.opacities, seed=seed, folds=folds, fold=fold, limits=limits)
-    return load_parts(labelled, parts, rescale_factor=rescale_factor, workers=workers)
-
-
 def split(opacities: Mapping[str, bool], *, seed: int, folds: int | None = None,
           fold: int | None = None, limits: Mapping[str, int] | None = None) -> dict[str, list[str]]:
     """Ids {patient_id: has_opacity} of each part: "training", "validation" and, with folds,

@@ -158,7 +158,7 @@ def refuse_mixture(folder: Path, files: Collection) -> None:
 
 def _walk(folder, leave_out, skipped):
     """Yields the paths of files, and searches each real folder once."""
-    def unreadable(error):
+    def unreadable(error: OSError) -> None:
         skipped.append((Path(error.filename), error.strerror))
 
     seen = {os.path.realpath(path) for path in leave_out} - {os.path.realpath(folder)}

@@ -134,7 +134,7 @@ def build_app() -> "FastAPI":  # noqa: F821, imported inside
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     places = asyncio.Semaphore(MAX_REQUESTS)
 
-    async def receive(request):
+    async def receive(request: Request) -> bytes:
         body, more = bytearray(), True
         while more:
             message = await request.receive()
@@ -147,15 +147,15 @@ def build_app() -> "FastAPI":  # noqa: F821, imported inside
         return bytes(body)
 
     @app.get("/")
-    async def page():
+    async def page() -> responses.FileResponse:
         return responses.FileResponse(Path(__file__).with_name("endpoint.html"))
 
     @app.get("/health")
-    async def health():
+    async def health() -> dict[str, str]:
         return {"status": "ok"}
 
     @app.post("/predict")
-    async def predict(request: Request):
+    async def predict(request: Request) -> dict[str, dict[str, str]]:
         content_type = request.headers.get("Content-Type", "")
         if not content_type.lower().startswith((JSON, FORM)):
             raise HTTPException(415, f"is neither {JSON} nor {FORM}")

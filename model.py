@@ -65,7 +65,8 @@ class PneumoniaUNET(nn.Module):
         self.config = {"patch_size": patch_size, "width": width, "legacy": legacy, **options}
         self.patch_size = patch_size
 
-        def conv2(in_channels, mid_channels, out_channels, plain=False):
+        def conv2(in_channels: int, mid_channels: int, out_channels: int,
+                  plain: bool = False) -> nn.Sequential:
             return nn.Sequential(ConvBlock(in_channels, mid_channels, **options),
                                  ConvBlock(mid_channels, out_channels, plain=plain, **options))
 

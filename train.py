@@ -31,7 +31,7 @@ from torch.utils.tensorboard import SummaryWriter
 import cli
 import parallel
 from curves import CURVE_THRESHOLDS, draw_history, draw_scores
-from dataset import Augmentation, PneumoniaDataset, load_data
+from dataset import Augmentation, PneumoniaDataset, find_labelled, load_parts, split
 from drawing import IMAGE_SIZE, draw_overlay, save_overlays
 from metrics import Evaluation, Thresholds, choose_thresholds, score_lines, score_mask, summarize
 from model import PneumoniaUNET, Runtime, choose_runtime, load_checkpoint, save_checkpoint
@@ -220,10 +220,11 @@ def build_data(args: argparse.Namespace) -> tuple[PneumoniaDataset, dict[str, li
     """The data set and the indices of its parts, which split.csv lists; --debug cuts them."""
     limits = {"training": DEBUG_STEPS * args.batch_size, "validation": DEBUG_IMAGES,
               "test": DEBUG_IMAGES}
-    dataset, parts = load_data(
-        Path(args.data), Path(args.labels), output=Path(args.save), seed=args.seed,
-        rescale_factor=args.rescale_factor, workers=args.workers, folds=args.folds,
-        fold=args.fold, limits=limits if args.debug else {})
+    labelled = find_labelled(Path(args.data), Path(args.labels), Path(args.save))
+    ids = split(labelled.opacities, seed=args.seed, folds=args.folds, fold=args.fold,
+                limits=limits if args.debug else {})
+    dataset, parts = load_parts(labelled, ids, rescale_factor=args.rescale_factor,
+                                workers=args.workers)
     cli.write_csv(Path(args.save) / "split.csv", split_rows(dataset, parts))
     return dataset, parts
 
@@ -271,7 +272,7 @@ def build_optimizer(model: torch.nn.Module, args: argparse.Namespace, total_step
     optimizer = optimizer_class(model.parameters(), **options)
     warmup = math.ceil(WARMUP * total_steps)
 
-    def lr_factor(step):
+    def lr_factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
         done = min((step - warmup) / max(total_steps - warmup, 1), 1)
@@ -415,7 +416,7 @@ def log_steps(writer: SummaryWriter, scheduler: Any) -> Callable[[list[float], f
     """A `log` of train_one_epoch that writes to TensorBoard, and the chart of both losses."""
     writer.add_custom_scalars_multilinechart(["loss/train", "loss/validation"], "loss", "both")
 
-    def log(losses, learning_rate):
+    def log(losses: list[float], learning_rate: float) -> None:
         first = scheduler.last_epoch - len(losses)
         for step, loss in enumerate(losses, first + 1):
             writer.add_scalar("steps/loss", loss, step)
@@ -600,18 +601,18 @@ def hand_over(setup: Setup, history: list[dict]) -> tuple[Thresholds, dict[str, 
         state = checkpoint_state(setup, thresholds, history)
         save_checkpoint(setup.save / "final.pth.tar", model, **state, **rename(figures))
         draw_scores(setup.save, evaluation, thresholds)
-        write_pages(setup, setup.scored, thresholds, score_lines(figures, len(setup.scored)))
+        write_pages(setup, thresholds, score_lines(figures, len(setup.scored)))
     return thresholds, figures
 
 
-def write_pages(setup: Setup, scored: Sequence[int], thresholds: Thresholds,
-                lines: list[str]) -> None:
-    """Writes report.html with the rows of the images `scored` and, if asked for, their pictures."""
+def write_pages(setup: Setup, thresholds: Thresholds, lines: list[str]) -> None:
+    """Writes report.html with the rows of the scored images and, if asked for, their pictures."""
     save_images, rows = setup.arguments["save_images"], []
-    pictures = overlays(setup.training.model, setup.dataset, scored, setup.training.runtime,
+    pictures = overlays(setup.training.model, setup.dataset, setup.scored, setup.training.runtime,
                         thresholds, image_size=IMAGE_SIZE if save_images else None,
                         workers=setup.arguments["workers"])
-    pictures = cli.progress(collect(pictures, rows), total=len(scored), description="draw")
+    pictures = cli.progress(collect(pictures, rows), total=len(setup.scored),
+                            description="draw")
     if save_images:
         save_overlays(setup.save / "validation", pictures)
     else:

@@ -88,6 +88,15 @@ def checkpoint(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def server(checkpoint, tmp_path_factory):
+    """The endpoint's server, in a process of its own."""
+    from test_endpoint import Server
+    server = Server(checkpoint, tmp_path_factory.mktemp("server"))
+    yield server
+    server.stop()
+
+
 def assert_same_weights(first, second):
     """Two checkpoint files hold exactly the same network."""
     from model import load_checkpoint

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from conftest import make_dicom
 from PIL import Image
-from test_endpoint import Server
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -18,13 +17,6 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 pytestmark = [pytest.mark.browser,
               pytest.mark.skipif(not CHROMIUM, reason="needs the system's chromium")]
 PIXELS = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
-
-
-@pytest.fixture(scope="module")
-def server(checkpoint, tmp_path_factory):
-    server = Server(checkpoint, tmp_path_factory.mktemp("server"))
-    yield server
-    server.stop()
 
 
 @pytest.fixture(scope="module")

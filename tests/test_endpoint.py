@@ -77,13 +77,6 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint, tmp_path_factory):
-    server = Server(checkpoint, tmp_path_factory.mktemp("server"))
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="module")
 def radiograph(tmp_path_factory):
     """The bytes of a small DICOM file."""
     path = tmp_path_factory.mktemp("radiograph") / "a.dcm"
