@@ -35,10 +35,11 @@ import train
 from data_processing import read_headers
 from dataset import PneumoniaDataset
 from dicom import TAGS, TRAIN_IMAGES, find_dicom_files
-from drawing import IMAGE_SIZE, Overlay, draw_overlay, encode_png, save_overlay
+from drawing import IMAGE_SIZE, Overlay, draw_overlay, encode_png, make_overlay, save_overlay
+from engine import train_one_epoch
 from model import PneumoniaUNET, Runtime, choose_runtime
-from predict import make_overlay
 from readers import read_image
+from records import versions
 
 MATRIX_SIDE = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # of the product that gives the peak rate
 DISTINCT = 64  # masks drawn; more images repeat them
@@ -105,7 +106,7 @@ def build_network_stages(dataset: PneumoniaDataset, runtime: Runtime,
             training.augmentation(runtime.load(batch), masks.to(runtime.device).float())
 
     def train_epoch() -> None:
-        train.train_one_epoch(training, loader, lambda *_: None)
+        train_one_epoch(training, loader, lambda *_: None)
 
     def predict() -> None:
         model.eval()
@@ -158,7 +159,7 @@ def box_stages(cases: list[Overlay], folder: Path) -> list[Stage]:
 
     def save() -> None:
         for case in cases:
-            save_overlay(folder, "image", case)
+            save_overlay(folder, case)
 
     def encode() -> None:
         for canvas in canvases:
@@ -305,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
           f"{args.repeats}; {len(files)} files in {data}")
 
     figures = {"device": device, "cores": cli.usable_cores(), "dtype": str(runtime.dtype),
-               "arguments": vars(args), "versions": train.versions(), "tables": []}
+               "arguments": vars(args), "versions": versions(), "tables": []}
     if args.cache:
         with linked(files, args.cache) as paths:
             figures["cache_bytes"] = measure_cache(

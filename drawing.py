@@ -6,8 +6,9 @@ import io
 import os
 import textwrap
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 from skimage.measure import find_contours
 
 from cli import atomic_write
-from metrics import Thresholds, rescale_boxes
+from dicom import Radiograph
+from metrics import Thresholds, find_boxes, rescale_boxes
 
 IMAGE_SIZE = 1024  # pixels of the longest side, unless said otherwise
 LEGIBLE, NARROWEST = 400, 48  # pixels; the least of the longest and of the shortest side
@@ -32,15 +34,24 @@ NAME_ERRORS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, er
 
 
 class Overlay(NamedTuple):
-    """What draw_overlay draws; boxes in original pixels."""
+    """One image and what was found in it; boxes in original pixels."""
+    patient_id: str
     image: np.ndarray  # uint8 (height, width) for display
     mask: np.ndarray  # (S, S) probabilities
     boxes: np.ndarray  # (n, 4) predicted
     confidences: np.ndarray  # (n,)
     original_size: tuple[int, int]  # (height, width)
     truth: np.ndarray | None = None  # (m, 4) true boxes, if they are known
-    patient_id: str = ""
     thresholds: Thresholds | None = None  # none where nothing was predicted
+
+
+def make_overlay(patient_id: str, radiograph: Radiograph, mask: np.ndarray,
+                 thresholds: Thresholds, truth: np.ndarray | None = None) -> Overlay:
+    """The boxes of a mask (S, S), with the radiograph's display or, if it has none, its image."""
+    image = radiograph.image if radiograph.display is None else radiograph.display
+    boxes, confidences = find_boxes(mask, radiograph.original_size, thresholds)
+    return Overlay(patient_id, image, mask, boxes, confidences, radiograph.original_size, truth,
+                   thresholds)
 
 
 def draw_overlay(overlay: Overlay, *, heat: bool = False, legend: bool = True) -> Image.Image:
@@ -186,10 +197,11 @@ def encode_png(picture: Image.Image) -> bytes:
     return content.getvalue()
 
 
-def save_overlay(folder: Path, patient_id: str, overlay: Overlay, *, heat: bool = False) -> None:
+def save_overlay(folder: Path, overlay: Overlay, *, heat: bool = False) -> None:
     """Writes `folder`/<patient_id>.png; a name that the disk does not take is printed."""
     content = encode_png(draw_overlay(overlay, heat=heat))
-    path = folder / os.fsdecode(f"{patient_id}.png".encode())  # UTF-8 whatever the locale
+    # UTF-8 whatever the locale
+    path = folder / os.fsdecode(f"{overlay.patient_id}.png".encode())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
@@ -197,17 +209,21 @@ def save_overlay(folder: Path, patient_id: str, overlay: Overlay, *, heat: bool 
     except OSError as error:
         if error.errno not in NAME_ERRORS:
             raise
-        print(f"warning: no picture of {patient_id}: {error.strerror}")
+        print(f"warning: no picture of {overlay.patient_id}: {error.strerror}")
 
 
-def save_overlays(folder: Path, overlays: Iterable[tuple[str, Overlay]], *,
-                  heat: bool = False) -> None:
-    """Writes the picture of each (patient_id, overlay) as they come, in threads."""
+@contextmanager
+def picture_writer(folder: Path | None, *, heat: bool = False) -> Iterator[Callable]:
+    """Gives a function that has the picture of an overlay written by threads, which have ended when
+    the block ends; without a folder it does nothing."""
     waiting = deque()
-    with ThreadPoolExecutor(2) as drawers:
-        for patient_id, overlay in overlays:
-            waiting.append(drawers.submit(save_overlay, folder, patient_id, overlay, heat=heat))
-            if len(waiting) > WAITING:
-                waiting.popleft().result()
+
+    def write(overlay: Overlay) -> None:
+        waiting.append(threads.submit(save_overlay, folder, overlay, heat=heat))
+        if len(waiting) > WAITING:
+            waiting.popleft().result()
+
+    with ThreadPoolExecutor(2) as threads:
+        yield write if folder else lambda overlay: None
         for drawing in waiting:
             drawing.result()

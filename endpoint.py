@@ -23,10 +23,9 @@ import torch
 
 import cli
 from dicom import Radiograph, UnreadableImage, patient_id_of
-from drawing import IMAGE_SIZE, draw_overlay, encode_png
-from metrics import prediction_string
+from drawing import IMAGE_SIZE, draw_overlay, encode_png, make_overlay
+from metrics import Thresholds, prediction_string
 from model import choose_runtime, load_checkpoint
-from predict import make_overlay, stored_thresholds
 from readers import INTERNAL_ERROR, ReaderPool, read_image
 
 MAX_BODY = 48 * 2**20  # bytes; 4280 x 3520 pixels of 16 bits take 40 MB as base64
@@ -69,7 +68,7 @@ class Network:
         self.runtime = choose_runtime("auto", "auto")
         self.model, state = load_checkpoint(checkpoint, self.runtime.device)
         self.rescale_factor = state.get("rescale_factor") or 4
-        self.thresholds, self.running = stored_thresholds(state), Lock()
+        self.thresholds, self.running = Thresholds.of_checkpoint(state), Lock()
 
     def predict(self, content_type: str, body: bytes) -> dict[str, dict[str, str]]:
         """The answer to a request, as get_prediction gives it."""

@@ -5,7 +5,7 @@ said otherwise; masks are in network pixels, and `rescale_boxes` is the only bri
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,21 @@ class Thresholds(NamedTuple):
 
     def __str__(self):
         return f"box threshold {self.box:.2f}, gate threshold {self.gate:.2f} ({self.source})"
+
+    def stored(self) -> dict[str, Any]:
+        """Under their names in checkpoints and metrics.json."""
+        return {"best_threshold": self.box, "gate_threshold": self.gate,
+                "threshold_source": self.source, "size_weight": self.size_weight}
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: dict[str, Any]) -> "Thresholds":
+        """Those stored in a checkpoint; earlier files lack some, or hold None for a failed
+        search."""
+        box = checkpoint.get("best_threshold")
+        return cls(box=cls().box if box is None else float(box),
+                   gate=float(checkpoint.get("gate_threshold") or 0),
+                   source=checkpoint.get("threshold_source", "of the checkpoint"),
+                   size_weight=float(checkpoint.get("size_weight", 1)))
 
 
 class Evaluation(NamedTuple):

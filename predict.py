@@ -11,7 +11,6 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,49 +22,17 @@ import metrics
 import parallel
 from curves import CURVE_THRESHOLDS, draw_scores
 from data_processing import read_labels
-from dataset import PneumoniaDataset
-from dicom import Radiograph, find_radiographs
-from drawing import IMAGE_SIZE, Overlay, save_overlays
+from dicom import find_radiographs
+from drawing import IMAGE_SIZE, Overlay, make_overlay, picture_writer
 from model import Runtime, choose_runtime, load_checkpoint
 from readers import INTERNAL_ERROR, Reading, read_images
-from report import Row, collect, write_report
+from report import Row, row_of, write_report
 
 
 class Truth(NamedTuple):
     """Labels of a folder."""
     boxes: dict[str, np.ndarray]  # {patient_id: (n, 4)} in original pixels
     views: dict[str, str]
-
-
-def make_overlay(patient_id: str, radiograph: Radiograph, mask: np.ndarray,
-                 thresholds: metrics.Thresholds, truth: np.ndarray | None = None) -> Overlay:
-    """The boxes of a mask (S, S) and all that is drawn with them."""
-    image = radiograph.image if radiograph.display is None else radiograph.display
-    boxes, confidences = metrics.find_boxes(mask, radiograph.original_size, thresholds)
-    return Overlay(image, mask, boxes, confidences, radiograph.original_size, truth, patient_id,
-                   thresholds)
-
-
-def overlays(model: torch.nn.Module, dataset: PneumoniaDataset, indices: Sequence[int],
-             runtime: Runtime, thresholds: metrics.Thresholds, *,
-             image_size: int | None = IMAGE_SIZE,
-             workers: int = 1) -> Iterator[tuple[str, Overlay]]:
-    """Yields patient_id and overlay, truth included, of images of a data set, whose files are read
-    once more for display at `image_size` pixels, if that is not None."""
-    model.eval()
-    readings = repeat(Reading())
-    if image_size:
-        readings = read_images([dataset.paths[index] for index in indices], workers=workers,
-                               rescale_factor=cli.IMAGE_SIDE // dataset.side, image_size=image_size)
-    for batch in cli.batched(indices, 16):
-        images, _ = dataset[batch]
-        masks = runtime.predict_masks(model, images)
-        for index, image, mask, reading in zip(batch, images[:, 0].numpy(), masks, readings):
-            # without an image size, or if the file is gone by now
-            radiograph = reading.value or Radiograph(image, dataset.original_sizes[index])
-            patient_id = dataset.patient_ids[index]
-            yield patient_id, make_overlay(
-                patient_id, radiograph, mask, thresholds, dataset.boxes[index])
 
 
 def predict_files(model: torch.nn.Module, files: dict[str, Path], runtime: Runtime, *,
@@ -84,21 +51,13 @@ def predict_files(model: torch.nn.Module, files: dict[str, Path], runtime: Runti
             yield patient_id, reading, next(masks) if reading.value else None
 
 
-def stored_thresholds(checkpoint: dict[str, Any], box: float | None = None,
-                      gate: float | None = None) -> metrics.Thresholds:
-    """Thresholds of a checkpoint, or those given instead; earlier files lack some, or hold None for
-    a failed search."""
-    stored = checkpoint.get("best_threshold")
-    thresholds = metrics.Thresholds(
-        box=metrics.Thresholds().box if stored is None else float(stored),
-        gate=float(checkpoint.get("gate_threshold") or 0),
-        source=checkpoint.get("threshold_source", "of the checkpoint"),
-        size_weight=float(checkpoint.get("size_weight", 1)))
-    given = {"box": box, "gate": gate}
-    given = {name: value for name, value in given.items() if value is not None}
+def thresholds_in_use(checkpoint: dict[str, Any], box: float | None,
+                      gate: float | None) -> metrics.Thresholds:
+    """The thresholds of a checkpoint, or those given instead."""
+    thresholds = metrics.Thresholds.of_checkpoint(checkpoint)
+    given = {name: value for name, value in (("box", box), ("gate", gate)) if value is not None}
     if given:
-        source = f"{' and '.join(given)} given by flag"
-        thresholds = thresholds._replace(**given, source=source)
+        thresholds = thresholds._replace(**given, source=f"{' and '.join(given)} given by flag")
     return thresholds
 
 
@@ -110,22 +69,21 @@ class Results:
         self.files, self.skipped, self.truth, self.thresholds = files, skipped, truth, thresholds
         self.annotations, self.notes, self.rows, self.scored = {}, [], [], []
 
-    def add(self, predictions: Iterator[tuple[str, Reading, np.ndarray | None]],
-            ) -> Iterator[tuple[str, Overlay]]:
-        """Takes predictions up as they come, and yields what is drawn of each."""
-        for patient_id, reading, mask in predictions:
-            path, truth = self.files[patient_id], self.truth.boxes.get(patient_id)
-            if reading.problem:
-                self.skipped.append((path, reading.problem))
-                continue
-            if reading.note:
-                self.notes.append(f"{path} {reading.note}")
-            overlay = make_overlay(patient_id, reading.value, mask, self.thresholds, truth)
-            self.annotations[patient_id] = metrics.prediction_string(
-                overlay.boxes, overlay.confidences)
-            if truth is not None:
-                self._score(overlay)
-            yield patient_id, overlay
+    def add(self, patient_id: str, reading: Reading, mask: np.ndarray | None) -> Overlay | None:
+        """Takes up what became of one file; returns what is drawn of it if it was read."""
+        path, truth = self.files[patient_id], self.truth.boxes.get(patient_id)
+        if reading.problem:
+            self.skipped.append((path, reading.problem))
+            return None
+        if reading.note:
+            self.notes.append(f"{path} {reading.note}")
+        overlay = make_overlay(patient_id, reading.value, mask, self.thresholds, truth)
+        self.annotations[patient_id] = metrics.prediction_string(
+            overlay.boxes, overlay.confidences)
+        self.rows.append(row_of(overlay))
+        if truth is not None:
+            self._score(overlay)
+        return overlay
 
     def _score(self, overlay):
         scores = metrics.score_mask(
@@ -226,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, checkpoint = load_checkpoint(path, runtime.device)
     rescale_factor = args.rescale_factor or checkpoint.get("rescale_factor") or 4
     model.check_side(rescale_factor)
-    thresholds = stored_thresholds(checkpoint, args.box_threshold, args.gate_threshold)
+    thresholds = thresholds_in_use(checkpoint, args.box_threshold, args.gate_threshold)
     truth = Truth({}, {})
     if args.labels:
         truth = Truth(*read_labels(cli.require(args.labels, "file", flag="--labels")))
@@ -245,13 +203,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     predictions = predict_files(model, own, runtime, batch_size=args.batch_size,
                                 rescale_factor=rescale_factor, workers=args.workers,
                                 image_size=args.image_size if args.save_images else None)
-    predictions = cli.progress(predictions, total=len(own), description="predict")
-    pictures = collect(results.add(predictions), results.rows)
-    if args.save_images:
-        save_overlays(output / "images", pictures, heat=args.heat)
-    else:
-        for _ in pictures:
-            pass
+    folder = output / "images" if args.save_images else None
+    with picture_writer(folder, heat=args.heat) as write_picture:
+        for prediction in cli.progress(predictions, total=len(own), description="predict"):
+            overlay = results.add(*prediction)
+            if overlay:
+                write_picture(overlay)
     results.gather(runtime)
     if runtime.rank == 0:
         results.write(output)

@@ -3,7 +3,7 @@
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -70,17 +70,14 @@ class Row(NamedTuple):
     true_boxes: int | None = None  # None where the truth is unknown
 
 
-def collect(overlays: Iterable[tuple[str, Overlay]],
-            rows: list[Row]) -> Iterator[tuple[str, Overlay]]:
-    """Adds a row of each overlay, and yields them on."""
-    for patient_id, overlay in overlays:
-        row = Row(patient_id, "found" if len(overlay.boxes) else "not found",
-                  confidence=image_confidence(overlay.mask))
-        if overlay.truth is not None:
-            score = average_precision_image(overlay.boxes, overlay.confidences, overlay.truth)
-            row = row._replace(score=score, true_boxes=len(overlay.truth))
-        rows.append(row)
-        yield patient_id, overlay
+def row_of(overlay: Overlay) -> Row:
+    """The row of an image that was predicted."""
+    row = Row(overlay.patient_id, "found" if len(overlay.boxes) else "not found",
+              confidence=image_confidence(overlay.mask))
+    if overlay.truth is None:
+        return row
+    score = average_precision_image(overlay.boxes, overlay.confidences, overlay.truth)
+    return row._replace(score=score, true_boxes=len(overlay.truth))
 
 
 def write_report(folder: Path, rows: Iterable[Row], *, lines: Sequence[str],

@@ -77,6 +77,15 @@ def train_flags(phantoms, train_csv, tmp_path):
             "--save", tmp_path / "output", *SMALL, "--no-save-images"]
 
 
+@pytest.fixture
+def labelled(phantoms, train_csv, tmp_path):
+    """Arguments, data set and parts of train.py on the phantoms."""
+    import train
+    args, *_ = train.parse_args(["--data", str(phantoms / "stage_2_train_images"),
+                                 "--labels", str(train_csv), "--save", str(tmp_path), *SMALL])
+    return args, *train.build_data(args)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """An untrained network on few patches, which sees opacities in many places."""

@@ -13,6 +13,7 @@ import torch
 import parallel
 import train
 from dataset import PneumoniaDataset
+from engine import evaluate, train_one_epoch
 from model import choose_runtime, load_checkpoint
 
 # at the default rate 20 steps amplify the last bits of a sum in another order to 4e-4
@@ -41,12 +42,12 @@ def main(folder):
     runtime = parallel.join(choose_runtime("cpu", "fp32"))
     dataset = parallel.once(lambda: open_study(folder / "study.pt"), runtime)
     start = folder / "start.pth.tar"
-    evaluation = train.evaluate(load_checkpoint(start)[0], dataset, range(len(dataset)), runtime,
-                                [0.04, 0.05], batch_size=3)
+    evaluation = evaluate(load_checkpoint(start)[0], dataset, range(len(dataset)), runtime,
+                          [0.04, 0.05], batch_size=3)
     images, masks = torch.load(folder / "batches.pt")  # (steps, parts, B, 1, S, S)
     training, losses = build_training(start, len(images), runtime), []
     own = Batches(zip(images[:, runtime.rank], masks[:, runtime.rank]))
-    train.train_one_epoch(training, own, lambda values, _: losses.extend(values))
+    train_one_epoch(training, own, lambda _, values, rate: losses.extend(values))
     ids = parallel.gather([dataset.patient_ids], runtime)
     states = parallel.gather([training.model.state_dict()], runtime)
     if runtime.rank == 0:

@@ -11,7 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import engine
 import train
+from engine import combined_loss, evaluate, train_one_epoch
 from model import PneumoniaUNET, Runtime
 
 CUDA, SIDE, COUNT = torch.device("cuda", 0), 64, 2
@@ -108,7 +110,7 @@ def test_convolutions_run_in_the_dtype_asked_for_and_the_loss_in_float32(model, 
     images = runtime.load(batch[0])
     with Operations() as operations:
         logits = runtime.segment(model.train(), images)
-        loss = train.combined_loss(logits, torch.ones_like(images))
+        loss = combined_loss(logits, torch.ones_like(images))
     assert operations.convolutions() == [runtime.dtype] * CONVOLUTIONS
     assert logits.dtype == loss.dtype == torch.float32 and logits.device == loss.device == CUDA
     assert operations.copies("cuda", "cpu") == operations.copies("cpu", "cuda") == 0
@@ -126,12 +128,12 @@ def give_gradients(training, monkeypatch):
 @pytest.mark.parametrize("runtime", [torch.float32, torch.bfloat16], indirect=True, ids=str)
 def test_an_epoch_looks_at_values_once_in_check_steps(training, batch, cuda):
     give_gradients(training, cuda)
-    cuda.setattr(train, "CHECK_STEPS", 2)
+    cuda.setattr(engine, "CHECK_STEPS", 2)
     looks = []
     cuda.setattr(FakeTensor, "tolist", lambda self: looks.append(len(self)) or [0.5] * len(self))
     loader = type("Loader", (list,), {"sampler": SimpleNamespace(batch_size=COUNT)})
     with Operations() as operations:
-        loss = train.train_one_epoch(training, loader([batch] * 5), lambda *_: None)
+        loss = train_one_epoch(training, loader([batch] * 5), lambda *_: None)
     assert looks == [2, 2, 1] and loss == pytest.approx(0.5)
     assert operations.copies("cuda", "cpu") == 0
     names = {name for name, *_ in operations.seen}
@@ -176,6 +178,6 @@ def test_evaluation_copies_the_masks_of_a_batch_once(model, runtime, cuda):
     cuda.setattr(torch, "as_tensor", lambda indices: SimpleNamespace(
         split=lambda size: [np.array([0, 1]), np.array([2, 3])]))  # real ones
     with Operations() as operations:
-        evaluation = train.evaluate(model, Study(), range(4), runtime, [0.6], batch_size=2)
+        evaluation = evaluate(model, Study(), range(4), runtime, [0.6], batch_size=2)
     assert evaluation.loss == 0.5 and evaluation.confidences.tolist() == [0.5] * 4
     assert operations.copies("cpu", "cuda") == 4 and operations.copies("cuda", "cpu") == 2

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 import drawing
-from drawing import LEGIBLE, Overlay, draw_overlay, encode_png, save_overlay, save_overlays
+from drawing import LEGIBLE, Overlay, draw_overlay, encode_png, picture_writer, save_overlay
 from metrics import Thresholds
 
 NO_BOXES = np.zeros((0, 4)), np.zeros(0)
@@ -16,7 +16,7 @@ BOX = {"boxes": np.array([[200, 400, 300, 500]]), "confidences": np.array([0.7])
 def grey(original_size=(1000, 1000), **fields):
     """An Overlay of a grey image in its original size, a mask of 0 and no boxes."""
     image, mask = np.full(original_size, 128, np.uint8), np.zeros((64, 64), np.float32)
-    overlay = Overlay(image, mask, *NO_BOXES, original_size, thresholds=Thresholds())
+    overlay = Overlay("", image, mask, *NO_BOXES, original_size, thresholds=Thresholds())
     return overlay._replace(**fields)
 
 
@@ -177,19 +177,30 @@ def test_a_png_file_holds_the_picture():
 
 
 def test_an_id_with_a_folder_lies_in_that_folder(tmp_path):
-    save_overlay(tmp_path / "images", "p1/IM0", grey())
+    save_overlay(tmp_path / "images", grey(patient_id="p1/IM0"))
     assert (tmp_path / "images" / "p1" / "IM0.png").exists()
 
 
+def save_all(folder, ids):
+    with picture_writer(folder) as write:
+        for patient_id in ids:
+            write(grey(patient_id=patient_id))
+
+
+def test_without_a_folder_no_picture_is_drawn(monkeypatch):
+    monkeypatch.setattr(drawing, "draw_overlay", None)
+    save_all(None, ["a"])
+
+
 def test_a_name_that_the_disk_does_not_take_costs_its_picture_alone(tmp_path, capsys):
-    save_overlays(tmp_path, [("a" * 255, grey()), ("b", grey())])
+    save_all(tmp_path, ["a" * 255, "b"])
     assert [path.name for path in tmp_path.iterdir()] == ["b.png"]
     assert capsys.readouterr().out.endswith(": File name too long\n")
 
 
 def test_more_pictures_than_may_wait_are_all_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(drawing, "WAITING", 2)
-    save_overlays(tmp_path, ((str(number), grey()) for number in range(6)))
+    save_all(tmp_path, "012345")
     assert sorted(path.stem for path in tmp_path.iterdir()) == list("012345")
 
 
@@ -198,4 +209,4 @@ def test_a_full_disk_ends_the_drawing_with_its_error(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(drawing, "atomic_write", refuse)
     with pytest.raises(OSError, match="No space left on device"):
-        save_overlays(tmp_path, [("a", grey())])
+        save_all(tmp_path, ["a"])

@@ -321,3 +321,21 @@ def test_score_lines_end_in_the_lines_of_the_tutorial(separable):
     assert lines == ["Image ROC AUC: 1.0000",
                      "Standard error of the RSNA mAP: 0.0000 (bootstrap over 40 images)",
                      "RSNA Mean Average Precision: 0.6000", "Total Average Precision: 0.3000"]
+
+
+# Thresholds in files
+
+
+@pytest.mark.parametrize("stored, thresholds", [
+    ({}, Thresholds(0.5, 0.0, "of the checkpoint", 1.0)),
+    ({"best_threshold": np.float64(0.12)}, Thresholds(0.12, 0.0, "of the checkpoint", 1.0)),
+    ({"best_threshold": 0.4, "gate_threshold": 0.7, "threshold_source": "defaults",
+      "size_weight": 0.8}, Thresholds(0.4, 0.7, "defaults", 0.8)),
+])
+def test_thresholds_are_those_of_the_checkpoint(stored, thresholds):
+    assert Thresholds.of_checkpoint(stored) == thresholds
+
+
+def test_stored_thresholds_come_back():
+    thresholds = Thresholds(0.4, 0.7, "searched on 68 images", 0.9)
+    assert Thresholds.of_checkpoint(thresholds.stored()) == thresholds

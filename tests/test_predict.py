@@ -282,16 +282,6 @@ def test_a_threshold_of_0_is_kept_and_none_is_replaced(square, tmp_path, capsys,
     assert f"box threshold {used:.2f}, " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stored, thresholds", [
-    ({}, Thresholds(0.5, 0.0, "of the checkpoint", 1.0)),
-    ({"best_threshold": np.float64(0.12)}, Thresholds(0.12, 0.0, "of the checkpoint", 1.0)),
-    ({"best_threshold": 0.4, "gate_threshold": 0.7, "threshold_source": "defaults",
-      "size_weight": 0.8}, Thresholds(0.4, 0.7, "defaults", 0.8)),
-])
-def test_thresholds_are_those_of_the_checkpoint(stored, thresholds):
-    assert predict.stored_thresholds(stored) == thresholds
-
-
 @pytest.mark.parametrize("flags, used", [
     (["--bt", "0.3"], "box threshold 0.30, gate threshold 0.00 (box given by flag)"),
     (["--gt", "0.9"], "box threshold 0.04, gate threshold 0.90 (gate given by flag)"),
@@ -366,8 +356,7 @@ def perfect(tmp_path):
     reading = readers.Reading(Radiograph(np.zeros((64, 64), np.uint8), (1024, 1024)))
     files = {name: tmp_path / f"{name}.dcm" for name in truth.boxes}
     results = predict.Results(files, [], truth, Thresholds(0.5, 0.5, size_weight=1))
-    predictions = [(name, reading, mask) for name, mask in zip(files, masks)]
-    return results, dict(results.add(iter(predictions)))
+    return results, {name: results.add(name, reading, mask) for name, mask in zip(files, masks)}
 
 
 def test_perfect_predictions_score_1(perfect, tmp_path, capsys):
@@ -397,7 +386,7 @@ def test_a_picture_knows_its_id_and_the_thresholds_in_use(perfect):
 def test_without_labels_no_truth_is_drawn_and_nothing_scored(tmp_path, capsys):
     results = predict.Results({"a": tmp_path}, [], predict.Truth({}, {}), Thresholds())
     reading = readers.Reading(Radiograph(np.zeros((64, 64), np.uint8), (1024, 1024)))
-    [(_, overlay)] = results.add(iter([("a", reading, np.zeros((64, 64)))]))
+    overlay = results.add("a", reading, np.zeros((64, 64)))
     results.report(tmp_path, pictures=None)
     assert overlay.truth is None and "Precision" not in capsys.readouterr().out
 

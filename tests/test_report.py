@@ -5,7 +5,7 @@ import pytest
 
 from drawing import Overlay
 from metrics import Thresholds
-from report import Row, collect, write_report
+from report import Row, row_of, write_report
 
 NAME = "<b>bold<img src=x onerror=alert(1)>&amp;"
 
@@ -28,7 +28,7 @@ def predicted(patient_id, confidence, **fields):
 def overlay(truth, boxes=((0, 0, 10, 10),)):
     boxes = np.array(boxes).reshape(-1, 4)
     mask = np.full((4, 4), 0.7, np.float32)
-    return Overlay(mask, mask, boxes, np.ones(len(boxes)), (64, 64), truth, "a", Thresholds())
+    return Overlay("a", mask, mask, boxes, np.ones(len(boxes)), (64, 64), truth, Thresholds())
 
 
 @pytest.mark.parametrize("truth, boxes, row", [
@@ -37,9 +37,8 @@ def overlay(truth, boxes=((0, 0, 10, 10),)):
     (np.array([[0, 0, 10, 10]]), [], Row("a", "not found", "", 0.7, 0.0, 1)),
 ])
 def test_a_row_holds_what_became_of_an_image(truth, boxes, row):
-    rows, overlays = [], [("a", overlay(truth, boxes))]
-    assert list(collect(overlays, rows)) == overlays
-    assert str(rows[0]._replace(confidence=round(rows[0].confidence, 6))) == str(row)
+    made = row_of(overlay(truth, boxes))
+    assert str(made._replace(confidence=round(made.confidence, 6))) == str(row)
 
 
 def test_the_highest_confidence_comes_first_and_skipped_files_last(tmp_path):

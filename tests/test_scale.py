@@ -20,6 +20,7 @@ import predict
 import train
 from dataset import Augmentation, PneumoniaDataset
 from dicom import find_dicom_files
+from engine import combined_loss, evaluate
 from model import PneumoniaUNET, choose_runtime, load_checkpoint, save_checkpoint
 
 CPU = choose_runtime("cpu", "fp32")
@@ -137,8 +138,8 @@ def train_alone(folder, parts):
     losses = []
     for step in range(STEPS):
         optimizer.zero_grad()
-        total = sum(train.combined_loss(CPU.segment(model, CPU.load(images[step, part])),
-                                        masks[step, part].float()) for part in range(parts))
+        total = sum(combined_loss(CPU.segment(model, CPU.load(images[step, part])),
+                                  masks[step, part].float()) for part in range(parts))
         (total / parts).backward()
         optimizer.step()
         scheduler.step()
@@ -173,7 +174,7 @@ def test_all_processes_end_an_epoch_with_the_same_weights_and_statistics(several
 def test_processes_score_each_image_as_one_does(several, study):
     dataset = scale_worker.open_study(study / "study.pt")
     model, _ = load_checkpoint(study / "start.pth.tar")
-    alone = train.evaluate(model, dataset, range(len(dataset)), CPU, [0.04, 0.05], batch_size=3)
+    alone = evaluate(model, dataset, range(len(dataset)), CPU, [0.04, 0.05], batch_size=3)
     for ours, theirs in zip(alone, several[1]["evaluation"], strict=True):
         assert np.array_equal(ours, theirs, equal_nan=np.asarray(ours).dtype.kind == "f")
 

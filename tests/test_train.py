@@ -2,9 +2,7 @@ import contextlib
 import hashlib
 import io
 import json
-import math
 import re
-from functools import partial
 
 import numpy as np
 import pytest
@@ -16,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import readers
 import train
 from cli import InputError
-from metrics import Thresholds, average_precision_image, choose_thresholds, find_boxes, summarize
+from metrics import Thresholds
 from model import PneumoniaUNET, choose_runtime, load_checkpoint, save_checkpoint
-from predict import overlays
+from records import METRIC_NAMES, Records, plain_values
 
 CPU = choose_runtime("cpu", "fp32")
 
@@ -137,11 +135,11 @@ def test_the_final_file_holds_the_last_weights_and_the_thresholds(finished):
 def test_a_stopped_run_goes_on_to_the_same_end(finished, start, tmp_path, monkeypatch):
     save, figures, _ = finished
 
-    def save_and_stop(training, save, common, save_epoch=train.save_epoch):
-        save_epoch(training, save, common)
+    def save_and_stop(*arguments, save_epoch=Records.save_epoch):
+        save_epoch(*arguments)
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_epoch", save_and_stop)
+        patch.setattr(Records, "save_epoch", save_and_stop)
         _, lines = start(tmp_path / "b", "--train-threshold", "--epochs", "2")
     last = tmp_path / "b" / "last.pth.tar"
     assert lines[-1] == f"continue with: python train.py --checkpoint {last} --save {last.parent}"
@@ -193,7 +191,7 @@ def test_an_internal_error_leaves_out_its_image_and_ends_with_status_1(
 
     def read(path, rescale_factor, image_size, load=readers.read_radiograph):
         return load(path, rescale_factor if path != broken else None)  # a mistake of ours
-    figures = dict.fromkeys(train.METRIC_NAMES, 0.5)
+    figures = dict.fromkeys(METRIC_NAMES, 0.5)
     monkeypatch.setattr(readers, "read_radiograph", read)
     monkeypatch.setattr(train, "fit", lambda *_: None)
     monkeypatch.setattr(train, "hand_over", lambda *_: (Thresholds(), figures))
@@ -239,6 +237,22 @@ def test_learning_rate_warms_up_and_decays_to_the_given_share():
     assert rates[-1] == pytest.approx(0.1, rel=0.01)
 
 
+@pytest.mark.parametrize("optimizer, device, fused", [
+    ("adamw", "cpu", True), ("adamw", "cuda", True), ("adamw", "mps", False),
+    ("adagrad", "cpu", True), ("adagrad", "cuda", False), ("adamax", "cpu", False)])
+def test_an_optimizer_is_fused_where_pytorch_has_that_form(optimizer, device, fused):
+    assert train.fused_form(optimizer, device, None) == ({"fused": True} if fused else {})
+
+
+@pytest.mark.parametrize("stored", [{}, {"fused": None}, {"fused": False}])
+def test_a_run_that_began_without_the_fused_form_goes_on_without(stored):
+    assert not train.fused_form("adamw", "cpu", {"param_groups": [stored]})
+
+
+def test_a_run_goes_on_without_the_fused_form_on_a_device_that_lacks_it():
+    assert not train.fused_form("adagrad", "cuda", {"param_groups": [{"fused": True}]})
+
+
 # Flags
 
 
@@ -270,7 +284,7 @@ def stopped(tmp_path):
     args, *_ = train.parse_args(["--optimizer", "sgd", "--lr", "0.2", "--rf", "8",
                                  "--data", "old"])
     save_checkpoint(tmp_path / "last.pth.tar", PneumoniaUNET(patch_size=2), optimizer={},
-                    args=train.plain_args(args))
+                    args=plain_values(args))
     return ["--checkpoint", str(tmp_path / "last.pth.tar")]
 
 
@@ -339,97 +353,7 @@ def test_debug_shortens_a_run_and_leaves_the_search_out():
     assert args.epochs == train.DEBUG_EPOCHS and not args.train_threshold
 
 
-# Loss
-
-
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_names_step_and_learning_rate(loss):
-    message = f"loss is {loss} at step 39 of epoch 2, learning rate 0.5"
-    with pytest.raises(InputError, match=message):
-        train.check_losses([0.1, loss, 0.1], 40, 2, 0.5)
-
-
-def test_finite_losses_are_in_order():
-    train.check_losses([0.1, 1e30, 0], 3, 1, 0.5)
-
-
-def test_loss_falls_towards_the_truth():
-    masks = torch.zeros(2, 1, 8, 8)
-    masks[0, :, 2:6, 2:6] = 1
-    right, wrong = 20 * masks - 10, 10 - 20 * masks
-    assert train.combined_loss(right, masks) < 0.01 < 10 < train.combined_loss(wrong, masks)
-
-
-@pytest.mark.parametrize("optimizer, device, fused", [
-    ("adamw", "cpu", True), ("adamw", "cuda", True), ("adamw", "mps", False),
-    ("adagrad", "cpu", True), ("adagrad", "cuda", False), ("adamax", "cpu", False)])
-def test_an_optimizer_is_fused_where_pytorch_has_that_form(optimizer, device, fused):
-    assert train.fused_form(optimizer, device, None) == ({"fused": True} if fused else {})
-
-
-@pytest.mark.parametrize("stored", [{}, {"fused": None}, {"fused": False}])
-def test_a_run_that_began_without_the_fused_form_goes_on_without(stored):
-    assert not train.fused_form("adamw", "cpu", {"param_groups": [stored]})
-
-
-def test_a_run_goes_on_without_the_fused_form_on_a_device_that_lacks_it():
-    assert not train.fused_form("adagrad", "cuda", {"param_groups": [{"fused": True}]})
-
-
-def test_a_run_goes_on_in_another_precision_and_form_of_the_optimizer(tmp_path):
-    args, _, _ = train.parse_args(["--optimizer", "adagrad", "--width", "4"])
-    begun, training = (train.build_training(train.build_model(args), args, 10, CPU, stored)
-                       for stored in (None, {"param_groups": [{}]}))
-    begun.optimizer.step()
-    begun.scheduler.step()
-    state = {name: getattr(begun, name).state_dict() for name in train.STATEFUL}
-    scaling = training._replace(scaler=torch.amp.GradScaler("cpu"))  # as for float16 on a GPU
-    train.resume(scaling, {**state, "history": [{}, {}]}, tmp_path, tmp_path, 5)
-    assert state["optimizer"]["param_groups"][0]["fused"]
-    assert not training.optimizer.param_groups[0]["fused"]
-    assert training.scheduler.last_epoch == 10
-
-
-def test_too_little_room_for_checkpoints_is_found_out_before_training(tmp_path, monkeypatch):
-    usage = type("usage", (), {"free": 5_000_000})
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(InputError, match="5 MB left.*--save"):
-        train.check_disk(tmp_path, PneumoniaUNET())
-
-
-def test_a_network_that_overfits_four_images_finds_their_boxes():
-    """The whole way from images to score: what is learned by heart must be found again."""
-    torch.manual_seed(0)
-    noise = np.random.default_rng(0).integers(0, 60, (4, 1, 64, 64)).astype(np.uint8)
-    masks = np.zeros((4, 1, 64, 64), np.uint8)
-    for i in range(3):
-        masks[i, :, 10 + 5 * i:40 + 5 * i, 20:40] = 1
-    images, targets = torch.from_numpy(noise + 120 * masks), torch.from_numpy(masks).float()
-    model = PneumoniaUNET()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(30):
-        loss = train.combined_loss(CPU.segment(model, CPU.load(images)), targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    predicted = CPU.predict_masks(model, images)
-    scores = []
-    for i in range(4):
-        found = find_boxes(predicted[i], (1024, 1024), Thresholds(0.5, 0.5))
-        truth = [[320, 16 * (10 + 5 * i), 320, 480]] if i < 3 else []
-        scores.append(average_precision_image(*found, truth))
-    assert scores[:3] == [1, 1, 1] and math.isnan(scores[3])
-
-
-# Data and scores
-
-
-@pytest.fixture
-def labelled(phantoms, train_csv, tmp_path):
-    """Arguments, data set and parts of train.py on the phantoms."""
-    args, *_ = train.parse_args(["--data", str(phantoms / "stage_2_train_images"),
-                                 "--labels", str(train_csv), "--save", str(tmp_path), *SMALL])
-    return args, *train.build_data(args)
+# Data
 
 
 def test_the_loader_deals_out_whole_batches_of_training_images(labelled):
@@ -461,81 +385,3 @@ def test_the_order_depends_on_the_seed_alone(labelled):
         return torch.cat([images for images, _ in loader])
     first, again, other = epoch(1), epoch(1), epoch(2)
     assert torch.equal(first, again) and not torch.equal(first, other)
-
-
-class Brightness(torch.nn.Module):
-    """Takes bright regions for opacities."""
-
-    def forward(self, images):
-        return 20 * (torch.nn.functional.avg_pool2d(images, 9, 1, 4) - 0.93)
-
-
-@pytest.fixture
-def scored(labelled):
-    """Evaluation of the training images at two box thresholds, and the scores of the boxes that
-    are drawn at the second one and a gate of 0.5."""
-    _, dataset, parts = labelled
-    model, indices, thresholds = Brightness(), parts["training"], Thresholds(0.3, 0.5)
-    some = indices[::2]
-    for index, (_, overlay) in zip(some, overlays(model, dataset, some, CPU, thresholds)):
-        dataset.boxes[index] = overlay.boxes  # these agree with the model at these thresholds
-    evaluation = train.evaluate(model, dataset, indices, CPU, [0.2, thresholds.box])
-    drawn = [average_precision_image(overlay.boxes, overlay.confidences, overlay.truth)
-             for _, overlay in overlays(model, dataset, indices, CPU, thresholds)]
-    assert 0.1 < np.nanmean(drawn) < 1 and np.isnan(drawn).any()
-    return evaluation, drawn
-
-
-def test_scores_of_one_pass_are_those_of_the_boxes_that_are_drawn(scored):
-    evaluation, drawn = scored
-    figures = summarize(evaluation, 0.5, column=1)
-    assert figures["rsna"] == pytest.approx(np.nanmean(drawn))
-    assert figures["total"] == pytest.approx(np.nansum(drawn) / len(drawn))
-
-
-def test_an_evaluation_holds_every_image_in_order(scored, labelled):
-    (evaluation, _), (_, dataset, parts) = scored, labelled
-    assert evaluation.scores.shape == (36, 2)
-    assert evaluation.views.tolist() == [dataset.views[index] for index in parts["training"]]
-    assert set(evaluation.views) == {"AP", "PA"}
-    boxes = [len(dataset.boxes[index]) > 0 for index in parts["training"]]
-    assert evaluation.positive.tolist() == boxes
-
-
-@pytest.mark.parametrize("batch_size", [1, 7])
-def test_batch_size_does_not_change_scores(labelled, batch_size):
-    _, dataset, parts = labelled
-    one, other = (train.evaluate(Brightness(), dataset, parts["training"], CPU, [0.3],
-                                 batch_size=size) for size in (36, batch_size))
-    np.testing.assert_allclose(one.confidences, other.confidences, rtol=1e-5)
-    np.testing.assert_allclose(one.scores, other.scores)
-
-
-class Blind(torch.nn.Module):
-    """Is sure of an opacity in the same corner of every image, where there is none."""
-
-    def forward(self, images):
-        logits = torch.full_like(images, -9.0)
-        logits[..., :12, :12] = 9.0
-        return logits
-
-
-def test_where_nothing_scores_the_defaults_stay_and_the_log_says_why(labelled):
-    args, dataset, parts = labelled
-    evaluate = partial(train.evaluate, Blind(), dataset, parts["validation"], CPU)
-    thresholds = choose_thresholds(evaluate, train.build_thresholds(args))
-    assert thresholds[:2] == Thresholds()[:2]
-    assert "defaults; a search on 4 images proved nothing better" in str(thresholds)
-
-
-class Lost(torch.nn.Module):
-    """Gives no number."""
-
-    def forward(self, images):
-        return torch.full_like(images, math.nan)
-
-
-def test_a_validation_loss_that_is_not_finite_is_refused(labelled):
-    _, dataset, parts = labelled
-    with pytest.raises(InputError, match="the validation loss is nan.*--learning-rate"):
-        train.evaluate(Lost(), dataset, parts["validation"], CPU, [0.5])

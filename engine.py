@@ -1,0 +1,143 @@
+"""Passes of a network over a data set: one epoch of training, one evaluation, and what is drawn.
+
+The processes of a run (parallel.py) share each pass.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+import cli
+import parallel
+from dataset import Augmentation, PneumoniaDataset
+from dicom import Radiograph
+from drawing import IMAGE_SIZE, Overlay, make_overlay
+from metrics import Evaluation, Thresholds, score_mask
+from model import PneumoniaUNET, Runtime
+from readers import Reading, read_images
+
+CHECK_STEPS = 20  # between looks at the loss, each of which waits for the GPU
+DRAWN_TOGETHER = 16  # images in a batch whose masks are drawn
+
+
+class Training(NamedTuple):
+    """State of a training run."""
+    model: PneumoniaUNET
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    augmentation: Augmentation
+    runtime: Runtime
+    network: nn.Module  # the model, or what wraps it in a run of several processes
+
+
+def combined_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy + 0.5 Dice over the batch's pixels; logits and masks (B, 1, S, S)."""
+    probabilities = logits.sigmoid()
+    overlap = 2 * (probabilities * masks).sum() + 1
+    dice = 1 - overlap / (probabilities.sum() + masks.sum() + 1)
+    return F.binary_cross_entropy_with_logits(logits, masks) + 0.5 * dice
+
+
+def train_one_epoch(training: Training, loader: DataLoader,
+                    log: Callable[[int, list[float], float], None]) -> float:
+    """One pass over the loader; calls log(last step, losses, learning rate) every CHECK_STEPS
+    steps, which are counted over all epochs. Returns the mean loss."""
+    model, optimizer, scheduler, scaler, augmentation, runtime, network = training
+    model.train()
+    pending, total = [], 0.0
+    epoch = scheduler.last_epoch // len(loader) + 1
+    batches = cli.progress(loader, total=len(loader), description=f"epoch {epoch}",
+                           scale=loader.sampler.batch_size)
+    for step, (images, masks) in enumerate(batches, 1):
+        # forward, on the device
+        masks = masks.to(runtime.device, non_blocking=True).float()
+        images, masks = augmentation(runtime.load(images), masks)
+        loss = combined_loss(runtime.segment(network, images), masks)
+        # backward, update
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step()
+        # log; tolist waits for the GPU
+        pending.append(loss.detach())
+        if step % CHECK_STEPS == 0 or step == len(loader):
+            losses = parallel.gather([torch.stack(pending).tolist()], runtime)
+            losses = np.mean(losses, axis=0).tolist()  # over the processes
+            check_losses(losses, step, epoch, scheduler.get_last_lr()[0])
+            batches.set_postfix_str(f"step {step}, loss {losses[-1]:.4f}", refresh=False)
+            log(scheduler.last_epoch, losses, scheduler.get_last_lr()[0])
+            total, pending = total + sum(losses), []
+    parallel.share_statistics(model, runtime)
+    return total / len(loader)
+
+
+def check_losses(losses: Sequence[float], last_step: int, epoch: int,
+                 learning_rate: float) -> None:
+    """Raises InputError for a loss that is not finite, of the steps up to `last_step`."""
+    for step, loss in enumerate(losses, last_step - len(losses) + 1):
+        if not math.isfinite(loss):
+            raise cli.InputError(
+                f"the loss is {loss} at step {step} of epoch {epoch}, learning rate "
+                f"{learning_rate:.2g}: lower --learning-rate; the best files so far are kept")
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, dataset: PneumoniaDataset, indices: Sequence[int],
+             runtime: Runtime, box_thresholds: Sequence[float], *,
+             batch_size: int = 8) -> Evaluation:
+    """One pass over images of the data set, scored at box thresholds as predict.py finds boxes.
+    Processes share the batches, and each returns the whole.
+
+    Raises InputError if the loss is not finite.
+    """
+    model.eval()
+    batches = parallel.share(torch.as_tensor(indices).split(batch_size), runtime)
+    losses, confidences, scores = [], [], []
+    for batch in cli.progress(batches, total=len(batches), description="validate",
+                              scale=batch_size):
+        images, masks = dataset[batch.tolist()]
+        logits = runtime.segment(model, runtime.load(images))
+        loss = combined_loss(logits, masks.to(runtime.device).float()).item()
+        if not math.isfinite(loss):
+            raise cli.InputError(f"the validation loss is {loss} after this epoch: lower "
+                                 "--learning-rate; the best files so far are kept")
+        losses += [loss] * len(batch)
+        for index, mask in zip(batch.tolist(), logits.sigmoid()[:, 0].cpu().numpy()):
+            size, boxes = dataset.original_sizes[index], dataset.boxes[index]
+            confidences.append(float(mask.max()))
+            scores.append(score_mask(mask, size, boxes, box_thresholds))
+    rows = parallel.gather(list(zip(losses, confidences, scores)), runtime)
+    losses, confidences, scores = zip(*rows)
+    positive = np.array([len(dataset.boxes[index]) > 0 for index in indices])
+    views = np.array([dataset.views[index] for index in indices])
+    return Evaluation(float(np.mean(losses)), np.array(confidences), positive, views,
+                      np.array(scores))
+
+
+def overlays(model: nn.Module, dataset: PneumoniaDataset, indices: Sequence[int],
+             runtime: Runtime, thresholds: Thresholds, *, image_size: int | None = IMAGE_SIZE,
+             workers: int = 1) -> Iterator[Overlay]:
+    """Yields what is drawn, truth included, of images of a data set, whose files are read once more
+    for display at `image_size` pixels, if that is not None."""
+    model.eval()
+    readings = repeat(Reading())
+    if image_size:
+        readings = read_images([dataset.paths[index] for index in indices], workers=workers,
+                               rescale_factor=cli.IMAGE_SIDE // dataset.side, image_size=image_size)
+    for batch in cli.batched(indices, DRAWN_TOGETHER):
+        images, _ = dataset[batch]
+        masks = runtime.predict_masks(model, images)
+        for index, image, mask, reading in zip(batch, images[:, 0].numpy(), masks, readings):
+            # without an image size, or if the file is gone by now
+            radiograph = reading.value or Radiograph(image, dataset.original_sizes[index])
+            yield make_overlay(dataset.patient_ids[index], radiograph, mask, thresholds,
+                               dataset.boxes[index])

@@ -1,0 +1,180 @@
+"""What a training run keeps in its folder: checkpoints, from which it can go on, TensorBoard logs,
+split.csv, metrics.json, and report.html with its pictures."""
+
+import argparse
+import json
+import math
+import platform
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+import cli
+from curves import draw_history, draw_scores
+from dataset import PneumoniaDataset
+from drawing import Overlay, draw_overlay, picture_writer
+from engine import Training
+from metrics import Evaluation, Thresholds, score_lines
+from model import PneumoniaUNET, load_checkpoint, save_checkpoint
+from report import row_of, write_report
+
+STATEFUL = ("optimizer", "scheduler", "scaler")  # what last.pth.tar adds to the model
+METRIC_NAMES = {  # in metrics.json and final.pth.tar, of what metrics.summarize returns
+    "rsna": "rsna_mean_average_precision", "rsna_standard_error": "rsna_standard_error",
+    "total": "total_average_precision", "auc": "image_roc_auc", "auc_AP": "image_roc_auc_AP",
+    "auc_PA": "image_roc_auc_PA", "loss": "validation_loss"}
+COMPARED = ("batch_size", "epochs", "optimizer", "width", "rescale_factor", "learning_rate")
+
+
+class Records:
+    """The files of a run in `folder`. Checkpoints hold its `arguments`, as plain values, and its
+    `history`, a list of the figures of each epoch to which the run adds."""
+
+    def __init__(self, folder: Path, arguments: dict[str, Any], history: list[dict],
+                 first_step: int = 0):
+        self.folder, self.arguments, self.history = folder, arguments, history
+        self.writer = SummaryWriter(folder / "logs", purge_step=first_step or None)
+        self.writer.add_custom_scalars_multilinechart(
+            ["loss/train", "loss/validation"], "loss", "both")
+
+    def __enter__(self) -> "Records":
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        """Closes the logs, and tells a run that was stopped how it goes on."""
+        self.writer.close()
+        last = self.folder / "last.pth.tar"
+        was_stopped = kind is not None and issubclass(kind, (KeyboardInterrupt, RuntimeError))
+        if was_stopped and self.history and last.exists():
+            print(f"continue with: python train.py --checkpoint {last} --save {self.folder}")
+
+    def log_steps(self, last_step: int, losses: Sequence[float], learning_rate: float) -> None:
+        """Shows the losses of the steps up to the last one in TensorBoard."""
+        for step, loss in enumerate(losses, last_step - len(losses) + 1):
+            self.writer.add_scalar("steps/loss", loss, step)
+        self.writer.add_scalar("steps/learning_rate", learning_rate, last_step)
+
+    def log_epoch(self, evaluation: Evaluation, speed: float, overlays: Iterable[Overlay]) -> None:
+        """Shows the last epoch of the history in TensorBoard: both losses over the same axis, the
+        decision on the image, and pictures."""
+        scores, epoch = self.history[-1], len(self.history)
+        tags = {"loss/train": scores["train_loss"], "loss/validation": scores["loss"],
+                "precision/rsna": scores["rsna"], "precision/total": scores["total"],
+                "auc/validation": scores["auc"], "speed/images_per_second": speed}
+        for tag, value in tags.items():
+            self.writer.add_scalar(tag, value, epoch)
+        self.writer.add_pr_curve(
+            "image has opacity", evaluation.positive, evaluation.confidences, epoch)
+        for overlay in overlays:
+            picture = np.asarray(draw_overlay(overlay, legend=False).convert("RGB"))
+            self.writer.add_image(
+                f"validation/{overlay.patient_id}", picture, epoch, dataformats="HWC")
+
+    def save_epoch(self, training: Training, thresholds: Thresholds) -> None:
+        """Writes last.pth.tar, from which a run continues exactly, the best files where the last
+        epoch of the history is the best yet, and curves.png."""
+        best = {"loss.best": min(self.history, key=lambda scores: scores["loss"]),
+                "prec.best": max(reversed(self.history), key=lambda scores: scores["rsna"])}
+        for name, scores in best.items():
+            path = self.folder / f"{name}.pth.tar"
+            if scores is self.history[-1] or not path.exists():
+                save_checkpoint(path, training.model, **self._state(thresholds))
+        states = {name: getattr(training, name).state_dict() for name in STATEFUL}
+        save_checkpoint(self.folder / "last.pth.tar", training.model, **states,
+                        **self._state(thresholds))
+        draw_history(self.folder, self.history)
+
+    def save_final(self, model: PneumoniaUNET, thresholds: Thresholds,
+                   figures: dict[str, float]) -> None:
+        """Writes final.pth.tar, with the scores of the run."""
+        save_checkpoint(self.folder / "final.pth.tar", model, **self._state(thresholds),
+                        **_rename(figures))
+
+    def _state(self, thresholds):
+        """What every checkpoint holds beside the weights: all that predict.py needs, and how they
+        came about."""
+        return {"rescale_factor": self.arguments["rescale_factor"], "args": self.arguments,
+                "history": self.history, **thresholds.stored()}
+
+    def take_best(self, source: Path) -> None:
+        """Copies the best files of a run in folder `source` that goes on here."""
+        for name in ("loss.best.pth.tar", "prec.best.pth.tar"):
+            if (source / name).exists() and not (self.folder / name).exists():
+                model, best = load_checkpoint(source / name)
+                save_checkpoint(self.folder / name, model, **best)
+
+    def write_split(self, dataset: PneumoniaDataset, parts: dict[str, list[int]]) -> None:
+        """Writes split.csv: the part that each image belongs to."""
+        rows = [(dataset.patient_ids[index], name)
+                for name, part in parts.items() for index in part]
+        cli.write_csv(self.folder / "split.csv", [("patientId", "split"), *rows])
+
+    def write_report(self, evaluation: Evaluation, figures: dict[str, float],
+                     thresholds: Thresholds, overlays: Iterable[Overlay]) -> None:
+        """Writes report.html with the rows of the scored images and, unless --no-save-images was
+        given, their pictures in validation/."""
+        draw_scores(self.folder, evaluation, thresholds)
+        pictures = "validation" if self.arguments["save_images"] else None
+        images, rows = len(evaluation.scores), []
+        with picture_writer(self.folder / pictures if pictures else None) as write_picture:
+            for overlay in cli.progress(overlays, total=images, description="draw"):
+                rows.append(row_of(overlay))
+                write_picture(overlay)
+        write_report(self.folder, rows, lines=[str(thresholds), *score_lines(figures, images)],
+                     pictures=pictures, figures=["curves.png", "scores.png"])
+
+    def finish(self, figures: dict[str, float], thresholds: Thresholds,
+               sizes: dict[str, int], seconds: dict[str, float]) -> None:
+        """Writes metrics.json, and a row of TensorBoard's HParams table: the flags usually
+        compared, and the scores."""
+        scores = {f"final/{name}": figures[name] for name in ("rsna", "total", "auc")}
+        compared = {key: str(self.arguments[key]) for key in COMPARED}
+        self.writer.add_hparams(compared, scores, run_name=".")
+        record = {**_rename(figures), **thresholds.stored(), **sizes, "history": self.history,
+                  "arguments": self.arguments, "versions": versions(), "seconds": seconds}
+        cli.write_text(self.folder / "metrics.json", json.dumps(record, indent=1))
+
+
+def _rename(figures):
+    """Figures under their names in metrics.json, where JSON has no NaN."""
+    return {METRIC_NAMES[name]: value if math.isfinite(value) else None
+            for name, value in figures.items()}
+
+
+def plain_values(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments as plain values, for JSON and for checkpoints that load without executing code."""
+    plain = (int, float, type(None))
+    return {key: value if isinstance(value, plain) else str(value)
+            for key, value in vars(args).items()}
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__}
+
+
+def check_disk(folder: Path, model: torch.nn.Module) -> None:
+    """Raises InputError if a run's checkpoints will not fit: 9 times the weights, with Adam and one
+    file being written."""
+    needed = 9 * sum(value.nbytes for value in model.state_dict().values())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise cli.InputError(f"{folder} has {free / 1e6:.0f} MB left, a run needs "
+                             f"{needed / 1e6:.0f}: free some, or give another folder with --save")
+
+
+def resume(training: Training, state: dict, epoch_steps: int) -> None:
+    """Takes up the states of a run to continue, from its last.pth.tar."""
+    for name in STATEFUL:
+        if state[name]:  # that of a scaler not in use is empty
+            getattr(training, name).load_state_dict(state[name])
+    for group in training.optimizer.param_groups:  # this device may lack the stored form
+        group["fused"] = training.optimizer.defaults.get("fused")
+    # other numbers of processes take other numbers of steps
+    training.scheduler.last_epoch = len(state["history"]) * epoch_steps - 1
+    training.scheduler.step()

@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+import records
+import train
+from cli import InputError
+from model import PneumoniaUNET, choose_runtime
+from records import STATEFUL, check_disk, resume
+
+CPU = choose_runtime("cpu", "fp32")
+
+
+def test_a_run_goes_on_in_another_precision_and_form_of_the_optimizer():
+    args, _, _ = train.parse_args(["--optimizer", "adagrad", "--width", "4"])
+    begun, training = (train.build_training(train.build_model(args), args, 10, CPU, stored)
+                       for stored in (None, {"param_groups": [{}]}))
+    begun.optimizer.step()
+    begun.scheduler.step()
+    state = {name: getattr(begun, name).state_dict() for name in STATEFUL}
+    scaling = training._replace(scaler=torch.amp.GradScaler("cpu"))  # as for float16 on a GPU
+    resume(scaling, {**state, "history": [{}, {}]}, 5)
+    assert state["optimizer"]["param_groups"][0]["fused"]
+    assert not training.optimizer.param_groups[0]["fused"]
+    assert training.scheduler.last_epoch == 10
+
+
+def test_too_little_room_for_checkpoints_is_found_out_before_training(tmp_path, monkeypatch):
+    usage = type("usage", (), {"free": 5_000_000})
+    monkeypatch.setattr(records.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(InputError, match="5 MB left.*--save"):
+        check_disk(tmp_path, PneumoniaUNET())
