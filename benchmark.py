@@ -34,9 +34,10 @@ import metrics
 import train
 from data_processing import read_headers
 from dataset import PneumoniaDataset
-from dicom import TAGS, TRAIN_IMAGES, find_dicom_files
+from dicom import TAGS
 from drawing import IMAGE_SIZE, Overlay, draw_overlay, encode_png, make_overlay, save_overlay
 from engine import train_one_epoch
+from folders import TRAIN_IMAGES, find_dicom_files
 from model import PneumoniaUNET, Runtime, choose_runtime
 from readers import read_image
 from records import versions

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from cli import IMAGE_SIDE, InputError, InternalError, progress, result_folders, warn
-from data_processing import read_labels
-from dicom import find_dicom_files, load_and_prepare_image  # noqa: F401, the reader is expected here
+from dicom import load_and_prepare_image  # noqa: F401, the reader is expected here
+from folders import find_dicom_files
+from labels import read_labels
 from metrics import rescale_boxes
 from readers import INTERNAL_ERROR, read_images
 

@@ -22,8 +22,9 @@ from threading import Lock
 import torch
 
 import cli
-from dicom import Radiograph, UnreadableImage, patient_id_of
+from dicom import Radiograph, UnreadableImage
 from drawing import IMAGE_SIZE, draw_overlay, encode_png, make_overlay
+from folders import patient_id_of
 from metrics import Thresholds, prediction_string
 from model import choose_runtime, load_checkpoint
 from readers import INTERNAL_ERROR, ReaderPool, read_image

@@ -21,9 +21,9 @@ import cli
 import metrics
 import parallel
 from curves import CURVE_THRESHOLDS, draw_scores
-from data_processing import read_labels
-from dicom import find_radiographs
 from drawing import IMAGE_SIZE, Overlay, make_overlay, picture_writer
+from folders import find_radiographs
+from labels import read_labels
 from model import Runtime, choose_runtime, load_checkpoint
 from readers import INTERNAL_ERROR, Reading, read_images
 from report import Row, row_of, write_report

@@ -31,7 +31,7 @@ from pydicom.uid import JPEGBaseline8Bit, SecondaryCaptureImageStorage, generate
 
 import cli
 import data_processing
-from dicom import MARKER, TEST_IMAGES, TRAIN_IMAGES
+from folders import MARKER, TEST_IMAGES, TRAIN_IMAGES
 
 IMAGES = TRAIN_IMAGES, TEST_IMAGES
 TABLES = *data_processing.TABLES, "stage_2_test_labels.csv"

@@ -27,9 +27,9 @@ import torch
 from scipy import ndimage
 
 import metrics
-from data_processing import read_labels
 from dataset import PneumoniaDataset
-from dicom import find_dicom_files
+from folders import find_dicom_files
+from labels import read_labels
 from model import choose_runtime, load_checkpoint
 
 GATES, DEFAULT = metrics.GATE_THRESHOLDS.tolist(), (29, 16)  # indices of the default thresholds

@@ -27,7 +27,8 @@ from pydicom import dcmread, uid
 from pydicom.dataelem import RawDataElement
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_32
 
-from dicom import load_and_prepare_image, patient_id_of
+from dicom import load_and_prepare_image
+from folders import patient_id_of
 from model import load_checkpoint
 
 PYDICOM = Path(pydicom.data.__file__).parent

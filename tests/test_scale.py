@@ -19,8 +19,8 @@ import parallel
 import predict
 import train
 from dataset import Augmentation, PneumoniaDataset
-from dicom import find_dicom_files
 from engine import combined_loss, evaluate
+from folders import find_dicom_files
 from model import PneumoniaUNET, choose_runtime, load_checkpoint, save_checkpoint
 
 CPU = choose_runtime("cpu", "fp32")

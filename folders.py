@@ -1,0 +1,170 @@
+"""Finds the files of radiographs in folders, and gives each its patient_id."""
+
+import json
+import os
+import stat
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+from cli import InputError
+from dicom import NOT_DICOM, is_dicom, reason_of
+
+# layout of the challenge; the marker is sample_data.py's
+TRAIN_IMAGES, TEST_IMAGES = "stage_2_train_images", "stage_2_test_images"
+MARKER = "synthetic.json"
+DICOM_SUFFIXES = {"", ".dcm", ".dicom", ".dic", ".ima"}  # and numbers; any other is looked into
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
+
+
+def patient_id_of(path: Path, folder: Path | None = None) -> str:
+    """The file's stem, or its path below `folder` without suffix.
+
+    A trailing `.123` is part of a UID, not a suffix; bytes that are not UTF-8 become escapes.
+    """
+    name = path.relative_to(folder).as_posix() if folder else path.name
+    stem, suffix = os.path.splitext(name)
+    return _text(name if suffix[1:].isdigit() else stem)
+
+
+def _text(name):
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def find_dicom_files(
+        folder: Path, leave_out: Iterable[Path] = (),
+) -> tuple[dict[str, Path], list[tuple[Path, str]]]:
+    """Searches `folder`, its sub-folders and linked folders, except hidden ones and `leave_out`.
+
+    Returns files {patient_id: Path} and skipped [(Path, reason)]. Where stems collide, the ids of
+    all of them are their paths below `folder`, which is printed. Only there, and where the suffix
+    is another kind's, are files opened.
+    """
+    found, skipped = _search(folder, leave_out)
+    return name_files(found, folder), skipped
+
+
+def _search(folder, leave_out):
+    """Paths of what may be DICOM files, and what is skipped."""
+    found, skipped, stems = [], [], defaultdict(list)
+    for path in _walk(folder, leave_out, skipped):
+        stems[patient_id_of(path)].append(path)
+    for paths in stems.values():
+        for path in paths:
+            reason = _refusal(path, shared=len(paths) > 1)
+            if reason:
+                skipped.append((path, reason))
+            else:
+                found.append(path)
+    return found, skipped
+
+
+def find_radiographs(
+        sources: Sequence[Path], leave_out: Iterable[Path] = (),
+) -> tuple[dict[str, Path], list[tuple[Path, str]]]:
+    """Takes every file of `sources` and searches its folders.
+
+    Returns what find_dicom_files does. A folder without DICOM files is searched for PNG, JPEG and
+    TIFF images; in one with any, these are counted, which is printed, and not read: they are
+    copies, masks or documents. Raises InputError as refuse_mixture does.
+    """
+    found, skipped = [], []
+    for source in sources:
+        if source.is_dir():
+            paths, left_out = _search_radiographs(source, leave_out)
+            refuse_mixture(source, paths)
+            found += paths
+            skipped += left_out
+        else:
+            found.append(source)
+    folders = [source if source.is_dir() else source.parent for source in sources]
+    if len(folders) == 1:
+        return name_files(found, folders[0]), skipped
+    common = os.path.commonpath([os.path.abspath(folder) for folder in folders])
+    return name_files([Path(os.path.abspath(path)) for path in found], Path(common)), skipped
+
+
+def _search_radiographs(folder, leave_out):
+    found, skipped = _search(folder, leave_out)
+    images = [path for path, reason in skipped
+              if reason == NOT_DICOM and path.suffix.lower() in IMAGE_SUFFIXES]
+    if images:
+        skipped = [item for item in skipped if item[0].suffix.lower() not in IMAGE_SUFFIXES
+                   or item[1] != NOT_DICOM]
+        if any(is_dicom(path) for path in found):
+            print(f"{len(images)} PNG, JPEG or TIFF files are not read, because {folder} holds "
+                  "DICOM files")
+        else:
+            found += images
+    return found, skipped
+
+
+def name_files(paths: Iterable[Path], folder: Path) -> dict[str, Path]:
+    """{patient_id: path}: the stem or, where stems collide, which is printed, the path below
+    `folder`."""
+    files, stems, alike = {}, defaultdict(list), []
+    for path in dict.fromkeys(paths):
+        stems[patient_id_of(path)].append(path)
+    for stem, same in stems.items():
+        if len(same) == 1:
+            files[stem] = same[0]
+        else:
+            alike += same
+    ids = Counter(patient_id_of(path, folder) for path in alike)
+    for path in alike:
+        patient_id = patient_id_of(path, folder)
+        if ids[patient_id] > 1:  # in the same folder, with another suffix
+            patient_id = _text(path.relative_to(folder).as_posix())
+        files[patient_id] = path
+    if alike:
+        print(f"{len(alike)} files share their names with others: their ids are their paths below "
+              f"{folder}, such as {patient_id}")
+    return files
+
+
+def refuse_mixture(folder: Path, files: Collection) -> None:
+    """Raises InputError if sample_data.py made the folder, but not all of its files."""
+    marker = Path(folder).parent / MARKER
+    if not marker.exists():
+        return
+    made = json.loads(marker.read_text())
+    expected = {TRAIN_IMAGES: made["train"], TEST_IMAGES: made["test"]}.get(Path(folder).name)
+    if expected is not None and len(files) > expected:
+        raise InputError(
+            f"{folder} holds {len(files)} files, sample_data.py made {expected}: phantoms and "
+            "radiographs are mixed; give each a folder of its own, named by TRAINML_DATA_PATH")
+
+
+def _walk(folder, leave_out, skipped):
+    """Yields the paths of files, and searches each real folder once."""
+    def unreadable(error: OSError) -> None:
+        skipped.append((Path(error.filename), error.strerror))
+
+    seen = {os.path.realpath(path) for path in leave_out} - {os.path.realpath(folder)}
+    for root, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        named = [name for name in folders if name.lower().endswith(".dcm")]
+        skipped += [(Path(root, name), "is a folder") for name in named]
+        for name in sorted(names):
+            left_out = os.path.join(real, name) in seen
+            if not (left_out or name.startswith(".") or name.upper() == "DICOMDIR"):
+                yield Path(root, name)
+
+
+def _refusal(path, shared):
+    """Why this is not a DICOM file, None if it may be one; `shared`: another file has its stem."""
+    suffix = path.suffix.lower()
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return "is not a regular file"
+        if shared or (suffix not in DICOM_SUFFIXES and not suffix[1:].isdigit()):
+            return None if is_dicom(path) else NOT_DICOM
+    except OSError as error:
+        gone = path.is_symlink() and not path.exists()
+        return "is a link to nothing" if gone else reason_of(error)
+    return None

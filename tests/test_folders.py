@@ -1,0 +1,192 @@
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cli import InputError
+from dicom import UnreadableImage, read_header
+from folders import find_dicom_files, find_radiographs, refuse_mixture
+
+PIXELS = np.arange(64, dtype=np.uint8).reshape(8, 8)
+
+
+def touch(path, content=bytes(128) + b"DICM"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def find(folder, *leave_out):
+    """Ids {patient_id: path} and reasons {path: reason}, paths as text below the folder."""
+    files, skipped = find_dicom_files(folder, leave_out)
+    return ({key: path.relative_to(folder).as_posix() for key, path in files.items()},
+            {path.relative_to(folder).as_posix(): reason for path, reason in skipped})
+
+
+def test_files_are_found_in_sub_folders_whatever_their_case(tmp_path):
+    names = ["x.dcm/deep/Ünïcode name.DCM", "1.2.840.10008", "1.2.840.10009", "b.dcm",
+             ".hidden.dcm"]
+    for name in names:
+        touch(tmp_path / name, b"")
+    os.mkfifo(tmp_path / "pipe.dcm")
+    (tmp_path / "gone.dcm").symlink_to("nowhere")
+    files, reasons = find(tmp_path)
+    assert sorted(files) == ["1.2.840.10008", "1.2.840.10009", "b", "Ünïcode name"]
+    assert reasons == {"x.dcm": "is a folder", "pipe.dcm": "is not a regular file",
+                       "gone.dcm": "is a link to nothing"}
+
+
+@pytest.mark.parametrize("sidecar", ["A/x.xml", "x.csv", "x.bmp", "x.JPG", "A/x.dcm", "x", "A/x"])
+def test_a_file_that_is_not_dicom_claims_no_id(tmp_path, sidecar):
+    touch(tmp_path / "J" / "x.dcm")
+    touch(tmp_path / sidecar, b"no DICOM")
+    assert find(tmp_path) == ({"x": "J/x.dcm"}, {sidecar: "is not a DICOM file"})
+
+
+def test_a_dicom_file_may_have_the_suffix_of_another_kind(tmp_path):
+    touch(tmp_path / "x.img")
+    assert find(tmp_path) == ({"x": "x.img"}, {})
+
+
+def test_plain_names_are_not_opened(tmp_path, monkeypatch):
+    for name in ("a.dcm", "b.DCM", "1.2.3", "IM0"):
+        touch(tmp_path / name)
+
+    def refuse(*_):
+        raise AssertionError("opened")
+    monkeypatch.setattr("builtins.open", refuse)
+    assert len(find_dicom_files(tmp_path)[0]) == 4
+
+
+@pytest.mark.parametrize("name", ["IM0", "1.2.3", "a.dcm"])
+def test_a_file_without_preamble_is_left_to_the_reader_which_names_it(tmp_path, name):
+    path = touch(tmp_path / name, b"\x08\0\x60\0\x02\0\0\0CR")
+    assert list(find_dicom_files(tmp_path)[0].values()) == [path]
+    with pytest.raises(UnreadableImage, match="is not a DICOM file"):
+        read_header(path)
+
+
+def test_linked_folders_are_searched_once_and_loops_end(tmp_path):
+    data = tmp_path / "data"
+    touch(data / "a.dcm")
+    touch(tmp_path / "other" / "b.dcm")
+    (data / "site").symlink_to("../other")
+    (data / "site again").symlink_to("../other")
+    (data / "loop").symlink_to(".")
+    assert find(data) == ({"a": "a.dcm", "b": "site/b.dcm"}, {})
+
+
+def test_files_that_share_their_stem_get_their_paths_as_ids(tmp_path, capsys):
+    for name in ("p1/IM0", "p2/IM0", "p2/IM1", "IM0.dcm"):
+        touch(tmp_path / name)
+    assert find(tmp_path) == (
+        {"p1/IM0": "p1/IM0", "p2/IM0": "p2/IM0", "IM1": "p2/IM1", "IM0": "IM0.dcm"}, {})
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_files_that_share_their_path_but_for_the_suffix_keep_it(tmp_path):
+    touch(tmp_path / "p" / "a.dcm")
+    touch(tmp_path / "p" / "a.ima")
+    assert find(tmp_path) == ({"p/a.dcm": "p/a.dcm", "p/a.ima": "p/a.ima"}, {})
+
+
+def test_a_dicomdir_is_neither_an_image_nor_a_warning(tmp_path):
+    touch(tmp_path / "DICOMDIR")
+    assert find(tmp_path) == ({}, {})
+
+
+def test_bytes_that_are_not_utf8_are_escaped_in_ids(tmp_path):
+    touch(tmp_path / os.fsdecode(b"f\xf6hn.dcm"))
+    assert list(find(tmp_path)[0]) == [r"f\xf6hn"]
+
+
+def test_folders_of_results_are_left_out(tmp_path):
+    touch(tmp_path / "a.dcm")
+    touch(tmp_path / "output" / "b.dcm")
+    assert find(tmp_path, tmp_path / "output") == ({"a": "a.dcm"}, {})
+    assert find(tmp_path, tmp_path)[0].keys() == {"a", "b"}
+
+
+# Phantoms and radiographs
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A folder like that of sample_data.py, with two training images."""
+    (tmp_path / "synthetic.json").write_text('{"train": 2, "test": 1, "seed": 42}')
+    for name in ("a.dcm", "b.dcm"):
+        touch(tmp_path / "stage_2_train_images" / name)
+    return tmp_path
+
+
+def check(folder):
+    refuse_mixture(folder, find_dicom_files(folder)[0])
+
+
+def test_phantoms_with_other_files_among_them_are_refused(made):
+    touch(made / "stage_2_train_images" / "c.dcm")
+    with pytest.raises(InputError, match="holds 3 files, sample_data.py made 2: .* are mixed"):
+        check(made / "stage_2_train_images")
+
+
+@pytest.mark.parametrize("name", ["stage_2_train_images", "stage_2_test_images", "others"])
+def test_phantoms_and_folders_beside_them_are_taken(made, name):
+    touch(made / "others" / "x.dcm")
+    touch(made / "others" / "y.dcm")
+    check(made / name)
+
+
+def test_radiographs_without_phantoms_are_taken(made):
+    (made / "synthetic.json").unlink()
+    touch(made / "stage_2_train_images" / "c.dcm")
+    check(made / "stage_2_train_images")
+
+
+# What predict.py reads
+
+
+@pytest.fixture
+def formats(tmp_path, write_dicom):
+    """Folders `mixed` with a DICOM file and two images, and `images` with two images and a file
+    without suffix."""
+    for name in ("mixed", "images"):
+        (tmp_path / name).mkdir()
+        for suffix in ("png", "jpg"):
+            Image.fromarray(PIXELS).save(tmp_path / name / f"{suffix}.{suffix}")
+    write_dicom(tmp_path / "mixed" / "a.dcm", PIXELS)
+    (tmp_path / "images" / "LICENSE").write_text("text")
+    return tmp_path
+
+
+def test_images_beside_dicom_files_are_counted_and_not_read(formats, capsys):
+    files, skipped = find_radiographs([formats / "mixed"])
+    assert (files.keys(), skipped) == ({"a"}, [])
+    assert "2 PNG, JPEG or TIFF files are not read, because" in capsys.readouterr().out
+
+
+def test_images_in_a_folder_without_dicom_files_are_read(formats):
+    files, _ = find_radiographs([formats / "images"])
+    assert files.keys() == {"png", "jpg", "LICENSE"}  # which is skipped when it is read
+
+
+def test_files_that_are_named_are_read(formats):
+    sources = [formats / "mixed" / "png.png", formats / "mixed" / "a.dcm"]
+    files, _ = find_radiographs(sources)
+    assert files == {"png": sources[0], "a": sources[1]}
+
+
+def test_files_that_share_their_names_get_ids_below_the_common_folder(formats):
+    sources = [formats / "mixed", formats / "mixed" / "png.png", formats / "images" / "png.png"]
+    files, _ = find_radiographs(sources)
+    assert files.keys() == {"a", "mixed/png", "images/png"}
+
+
+def test_a_file_that_is_found_twice_is_read_once(formats):
+    files, _ = find_radiographs([formats / "mixed", formats / "mixed" / "a.dcm"])
+    assert files.keys() == {"a"}
+
+
+def test_pictures_of_an_earlier_run_are_not_searched(formats):
+    files, _ = find_radiographs([formats / "images"], [formats / "images" / "png.png"])
+    assert files.keys() == {"jpg", "LICENSE"}
