@@ -33,7 +33,8 @@ COMPARED = ("batch_size", "epochs", "optimizer", "width", "rescale_factor", "lea
 
 class Records:
     """The files of a run in `folder`. Checkpoints hold its `arguments`, as plain values, and its
-    `history`, a list of the figures of each epoch to which the run adds."""
+    `history`: the figures of each epoch so far, a list to which the run adds. TensorBoard forgets
+    what it has of `first_step` and later, which a continued run logs again."""
 
     def __init__(self, folder: Path, arguments: dict[str, Any], history: list[dict],
                  first_step: int = 0):
@@ -114,10 +115,10 @@ class Records:
                 for name, part in parts.items() for index in part]
         cli.write_csv(self.folder / "split.csv", [("patientId", "split"), *rows])
 
-    def write_report(self, evaluation: Evaluation, figures: dict[str, float],
-                     thresholds: Thresholds, overlays: Iterable[Overlay]) -> None:
-        """Writes report.html with the rows of the scored images and, unless --no-save-images was
-        given, their pictures in validation/."""
+    def report(self, evaluation: Evaluation, figures: dict[str, float], thresholds: Thresholds,
+               overlays: Iterable[Overlay]) -> None:
+        """Writes scores.png, report.html with the rows of the scored images and, unless
+        --no-save-images was given, their pictures in validation/."""
         draw_scores(self.folder, evaluation, thresholds)
         pictures = "validation" if self.arguments["save_images"] else None
         images, rows = len(evaluation.scores), []

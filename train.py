@@ -366,7 +366,7 @@ def hand_over(setup: Setup, records: Records | None) -> tuple[Thresholds, dict[s
     figures = summarize(evaluation, thresholds.gate)
     if records:
         records.save_final(model, thresholds, figures)
-        records.write_report(evaluation, figures, thresholds, overlays(
+        records.report(evaluation, figures, thresholds, overlays(
             model, setup.dataset, setup.scored, runtime, thresholds,
             image_size=IMAGE_SIZE if arguments["save_images"] else None,
             workers=arguments["workers"]))
