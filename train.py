@@ -155,7 +155,8 @@ def _defaults(key):
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Any, dict]:
-    """Returns the arguments, and the model and the rest of the --checkpoint file or (None, {}).
+    """Returns the arguments, the model of the --checkpoint file or None, and the rest of that file
+    if it belongs to a run to continue, else {}.
 
     To continue a run, its own flags take the place of the defaults. Raises InputError for a flag
     that could not act.
@@ -163,10 +164,12 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, A
     parser, model, state = make_parser(), None, {}
     args = parser.parse_args(argv)
     if args.checkpoint:
-        model, state = load_checkpoint(cli.require(args.checkpoint, "file", flag="--checkpoint"))
+        path = cli.require(args.checkpoint, "file", flag="--checkpoint")
+        model, checkpoint = load_checkpoint(path)
+        state = checkpoint if "optimizer" in checkpoint else {}
         parser.set_defaults(width=model.config["width"])
         args = parser.parse_args(argv)
-    if "optimizer" in state:
+    if state:
         stored = {key: value for key, value in state["args"].items() if key not in PATH_FLAGS}
         parser.set_defaults(**stored)
         args = parser.parse_args(argv)
@@ -394,7 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # optimizer; a continued run takes up its states
     total_steps = args.epochs * len(loader)
     training = build_training(model, args, total_steps, runtime, state.get("optimizer"))
-    if "optimizer" in state:
+    if state:
         resume(training, state, len(loader))
     setup = Setup(training, loader, order, dataset, parts, build_thresholds(args), arguments)
     history = list(state.get("history", []))

@@ -166,6 +166,14 @@ def test_a_run_that_goes_on_elsewhere_takes_its_best_files_along(
         assert_same_weights(tmp_path / "b" / name, save / name)
 
 
+def test_a_warm_start_from_a_finished_run_trains_all_its_epochs(finished, start, tmp_path):
+    save, *_ = finished
+    figures, _ = start(tmp_path, "--checkpoint", save / "final.pth.tar", "--epochs", "1")
+    assert len(figures["history"]) == 1
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "final.pth.tar", save / "final.pth.tar")
+
+
 def test_a_fold_is_trained_without_and_scored_alone(start, tmp_path):
     figures, _ = start(tmp_path, "--folds", "3", "--fold", "1", "--epochs", "1",
                        "--optimizer", "sgd")
@@ -312,7 +320,7 @@ def warm_start(tmp_path, model, *flags):
 def test_a_warm_start_takes_weights_alone(tmp_path):
     given = PneumoniaUNET(alpha_leaky=0.1)
     model, state = warm_start(tmp_path, given, "--alpha-leaky", "0.1")
-    assert model.config == given.config and "optimizer" not in state
+    assert model.config == given.config and state == {}
     assert torch.equal(model.up_1[1].conv.weight, given.up_1[1].conv.weight)
 
 
