@@ -18,7 +18,7 @@ import math
 import shutil
 import uuid
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -268,24 +268,21 @@ def write_patient(index: int, *, folder: Path, seed: int, split: int) -> tuple[s
     patient_id, label = patient_id_of(seed, split, index), CLASSES[index % len(CLASSES)]
     view = "AP" if rng.random() < (0.78 if label == OPACITY else 0.36) else "PA"
     image, boxes = draw_patient(rng, label, view)
-    with config.disable_value_validation():
-        dataset = make_header(rng, patient_id, view)
-        dataset.PixelData = encapsulate([encode_jpeg(image)])
-        dataset.save_as(folder / f"{patient_id}.dcm", enforce_file_format=True)
+    dataset = make_header(rng, patient_id, view)
+    dataset.PixelData = encapsulate([encode_jpeg(image)])
+    dataset.save_as(folder / f"{patient_id}.dcm", enforce_file_format=True)
     return patient_id, label, boxes
 
 
-def write_images(folder: Path, count: int, *, seed: int, split: int,
-                 workers: int | None = None) -> list[tuple[str, str, list]]:
+def write_images(
+        folder: Path, count: int, *, seed: int, split: int) -> list[tuple[str, str, list]]:
     """Writes `count` images into a new folder; returns their ids, classes and boxes."""
     folder.mkdir()
     write = functools.partial(write_patient, folder=folder, seed=seed, split=split)
-    try:
-        pool = ProcessPoolExecutor(workers)
-    except OSError:  # its semaphores need /dev/shm, which a container may lack
-        return [write(index) for index in range(count)]
-    with pool:
-        return list(pool.map(write, range(count), chunksize=4))
+    # threads: NumPy and Pillow release the interpreter's lock, and a pool of processes would need
+    # /dev/shm, which a container may lack
+    with config.disable_value_validation(), ThreadPoolExecutor(cli.usable_cores()) as pool:
+        return list(pool.map(write, range(count)))
 
 
 def table_rows(patients: list[tuple[str, str, list]]) -> list[tuple]:
