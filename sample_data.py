@@ -25,7 +25,6 @@ import numpy as np
 from numpy.random import Generator, default_rng
 from PIL import Image, ImageDraw, ImageFont
 from pydicom import Dataset, config
-from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGBaseline8Bit, SecondaryCaptureImageStorage, generate_uid
 
@@ -224,7 +223,7 @@ def draw_patient(rng: Generator, label: str, view: str) -> tuple[np.ndarray, lis
     black, contrast, gamma = rng.uniform(0, 25), rng.uniform(190, 240), rng.uniform(0.75, 1.3)
     image = black + contrast * np.clip(image, 0, 1) ** gamma
     image = resize(image, SIDE) + draw_objects(rng, findings, view)
-    grain = np.frombuffer(rng.bytes(SIDE * SIDE), np.uint8).reshape(SIDE, SIDE)
+    grain = rng.integers(256, size=(SIDE, SIDE), dtype=np.uint8)
     image += np.float32(rng.uniform(3, 12) / 128) * (grain - np.float32(127.5))
     return np.clip(image, 0, 255).astype(np.uint8), boxes
 
@@ -242,7 +241,7 @@ def make_header(rng: Generator, patient_id: str, view: str) -> Dataset:
     """The challenge's tags, pixels apart; the age is a bare number, one in 200 a typing error."""
     age = rng.choice([148, 151, 155]) if rng.random() < 0.005 else rng.integers(3, 92)
     header = Dataset()
-    header.file_meta = FileMetaDataset()
+    header.ensure_file_meta()
     header.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
     header.update(HEADER)
     header.StudyInstanceUID = generate_uid(entropy_srcs=[patient_id, "study"])
@@ -325,12 +324,10 @@ def remove_earlier(folder: Path) -> None:
     known = earlier_ids(folder)
     paths = [folder / name for name in IMAGES + TABLES]
     paths = [path for path in paths if path.exists() or path.is_symlink()]
-    foreign = [path.name for path in paths
-               if known is None or path.is_symlink() or not ids_in(path) <= known]
-    if foreign:
-        raise cli.InputError(
-            f"{folder} holds data that sample_data.py did not make ({', '.join(foreign)}): give "
-            "another folder with --output, or set TRAINML_DATA_PATH")
+    for path in paths:
+        if known is None or path.is_symlink() or not ids_in(path) <= known:
+            raise cli.InputError(f"{path} holds data that sample_data.py did not make: give "
+                                 "another folder with --output, or set TRAINML_DATA_PATH")
     for path in paths:
         if path.is_dir():
             shutil.rmtree(path)

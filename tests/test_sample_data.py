@@ -142,7 +142,7 @@ def test_refuses_data_of_others(tmp_path, name):
     path = tmp_path / name
     path.write_text("patientId\n") if name.endswith(".csv") else path.mkdir()
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(InputError, match="did not make .*--output"):
+    with pytest.raises(InputError, match=f"{name} holds data .* did not make: .*--output"):
         sample_data.main(["--train", "1", "--test", "0", "--output", str(tmp_path)])
     assert sorted(tmp_path.rglob("*")) == before
 
