@@ -313,8 +313,7 @@ def earlier_ids(folder: Path) -> set[str] | None:
 def ids_in(path: Path) -> set[str]:
     """Patient ids that an image folder or a table holds."""
     if path.is_dir():
-        names = [entry.name for entry in path.iterdir()]
-        return {name.removesuffix(".dcm") for name in names if not name.startswith(".")}
+        return {visible.name.removesuffix(".dcm") for visible in path.glob("[!.]*")}
     lines = path.read_text("utf-8", "replace").splitlines()
     return {line.split(",")[0] for line in lines[1:]}
 
