@@ -1,11 +1,12 @@
 """Times every stage of the pipeline next to the least that the machine at hand could need for it.
 
     python benchmark.py                             # some minutes without a GPU
-    python benchmark.py --images 50 --growth        # at 1, 2 and 4 times as many images
+    python benchmark.py --images 50 100 200         # does an image cost the same among more?
     python benchmark.py --images 50 --cache 26684   # and the memory of a full-size training set
 
 Reads a folder of DICOM files with JPEG streams, repeated where --images asks for more, and draws
-boxes and masks at random. Prints a table of median wall-clock times and writes it to --json.
+boxes and masks at random. Prints a table of median wall-clock times for each number of images and
+writes all to --json.
 """
 
 import argparse
@@ -244,15 +245,6 @@ def time_stages(stages: list[Stage], repeats: int, device: torch.device) -> dict
     return {"images": images, "stages": table}
 
 
-def print_growth(tables: Sequence[dict]) -> None:
-    """How much each stage's cost grows when the images double: 2 if it is in proportion."""
-    print("\ncost when the images double")
-    for name in STAGES:
-        seconds = [table["stages"][name]["seconds"] for table in tables]
-        ratios = [2 * after / before for before, after in zip(seconds, seconds[1:])]
-        print(f"{name:<17}" + "".join(f"{ratio:>7.2f}" for ratio in ratios))
-
-
 def peak_memory() -> int:
     """The most bytes of memory that this process has held; 0 on other systems than Linux."""
     status = Path("/proc/self/status")
@@ -279,10 +271,8 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", "-d", default=cli.default_path("TRAINML_DATA_PATH", TRAIN_IMAGES),
         help="folder of DICOM files (default: %(default)s)")
-    add("--images", type=cli.bounded(1, math.inf, int), default=250,
-        help="how many; files repeat if they are fewer (default: %(default)s)")
-    add("--growth", default=False, action=cli.Switch,
-        help="measure at 1, 2 and 4 times --images (default: off)")
+    add("--images", type=cli.bounded(1, math.inf, int), nargs="+", default=[250],
+        help="how many, one table for each number; files repeat if they are fewer (default: 250)")
     add("--cache", type=cli.bounded(1, math.inf, int),
         help="first measure the memory that so many prepared images take")
     add("--repeats", type=cli.bounded(1, math.inf, int), default=3,
@@ -313,12 +303,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             figures["cache_bytes"] = measure_cache(
                 paths, rescale_factor=args.rescale_factor, workers=args.workers,
                 batch_size=args.batch_size)
-    for factor in (1, 2, 4) if args.growth else (1,):
-        with linked(files, args.images * factor) as paths:
+    for count in args.images:
+        with linked(files, count) as paths:
             stages = build_stages(paths, runtime, args)
             figures["tables"].append(time_stages(stages, args.repeats, runtime.device))
-    if args.growth:
-        print_growth(figures["tables"])
     figures["peak_bytes"] = peak_memory()
     figures["peak_cuda_bytes"] = torch.cuda.max_memory_allocated() if on_cuda else 0
     print(f"\npeak memory {figures['peak_bytes'] / 1e9:.2f} GB, "
