@@ -193,18 +193,14 @@ def prepare(paths: Sequence[Path], rescale_factor: int, workers: int) -> Pneumon
 
 
 def draw_case(dataset: PneumoniaDataset, index: int, rng: np.random.Generator) -> Overlay:
-    """What the network might make of an image: a smooth bump for each box on low, uneven ground."""
-    boxes, size, side = dataset.boxes[index], dataset.original_sizes[index], dataset.side
-    middles, mask = np.arange(side) + 0.5, np.zeros((side, side))
-    for x, y, width, height in metrics.rescale_boxes(boxes, size, mask.shape):
-        across = np.exp(-4 * ((middles - x) / width - 0.5) ** 2)
-        down = np.exp(-4 * ((middles - y) / height - 0.5) ** 2)
-        mask += rng.uniform(0.2, 0.95) * np.outer(down, across)
+    """What the network might make of an image: its true mask, blurred, on low, uneven ground."""
+    side, (_, masks) = dataset.side, dataset[[index]]
+    blurred = ndimage.gaussian_filter(masks[0, 0].numpy().astype(float), side / 12)
     uneven = ndimage.zoom(rng.uniform(0.7, 1, (16, 16)), side / 16, order=1)
-    mask = (uneven * (0.03 + 0.97 * np.clip(mask, 0, 1))).astype(np.float32)
+    mask = uneven * (0.03 + rng.uniform(0.2, 1) * blurred)
     radiograph = read_image(dataset.paths[index], cli.IMAGE_SIDE // side, IMAGE_SIZE)
-    patient_id = dataset.patient_ids[index]
-    return make_overlay(patient_id, radiograph, mask, metrics.Thresholds(gate=0), boxes)
+    return make_overlay(dataset.patient_ids[index], radiograph, mask.astype(np.float32),
+                        metrics.Thresholds(gate=0), dataset.boxes[index])
 
 
 def measure(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
