@@ -18,7 +18,9 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import cycle, islice
+from copy import deepcopy
+from functools import partial
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,20 +67,21 @@ class Stage(NamedTuple):
     limit_images: float
 
 
+def each(function: Callable[[Any], Any], items: Sequence) -> Callable[[], None]:
+    """A call of the function on each of the items."""
+    def call() -> None:
+        for item in items:
+            function(item)
+    return call
+
+
 def build_file_stages(paths: list[Path], args: argparse.Namespace) -> list[Stage]:
     """Stages that read files; these lie alone in their folder."""
-    def read_bare() -> None:
-        for path in paths:
-            dcmread(path, stop_before_pixels=True, specific_tags=TAGS)
-
-    def decode_plain() -> None:
-        for path in paths:
-            plain_decode(path)
-
+    read_bare = partial(dcmread, stop_before_pixels=True, specific_tags=TAGS)
     images, shared = len(paths), len(paths) * args.workers  # workers share the files at best
-    return [Stage(lambda: read_headers(paths[0].parent), images, read_bare, shared),
+    return [Stage(lambda: read_headers(paths[0].parent), images, each(read_bare, paths), shared),
             Stage(lambda: prepare(paths, args.rescale_factor, args.workers), images,
-                  decode_plain, shared)]
+                  each(plain_decode, paths), shared)]
 
 
 def plain_decode(path: Path) -> None:
@@ -96,27 +99,20 @@ def build_network_stages(dataset: PneumoniaDataset, runtime: Runtime,
     """Stages that run the network, or feed it, on whole batches with train.py's defaults."""
     train_args, _, _ = train.parse_args([f"--batch-size={args.batch_size}",
                                          f"--rescale-factor={args.rescale_factor}"])
-    images = len(dataset) + -len(dataset) % args.batch_size
-    indices = list(islice(cycle(range(len(dataset))), images))
-    loader, _ = train.build_loader(dataset, indices, train_args, runtime)
+    loader, _ = train.build_loader(dataset, range(len(dataset)), train_args, runtime)
     model = train.build_model(train_args)
-    training = train.build_training(model, train_args, 100 * len(loader), runtime)
+    training = train.build_training(model, train_args, len(loader), runtime)
     batches = [batch for batch, _ in loader]
+    images = sum(map(len, batches))
 
     def load_and_augment() -> None:
         for batch, masks in loader:
             training.augmentation(runtime.load(batch), masks.to(runtime.device).float())
 
-    def train_epoch() -> None:
-        train_one_epoch(training, loader, lambda *_: None)
-
-    def predict() -> None:
-        model.eval()
-        for batch in batches:
-            runtime.predict_masks(model, batch)
-
+    train_epoch = partial(train_one_epoch, training, loader, log=lambda *_: None)
+    predict = partial(runtime.predict_masks, deepcopy(model).eval())
     ready = runtime.load(batches[0])
-    theta = torch.eye(2, 3, device=runtime.device).expand(args.batch_size, 2, 3)
+    theta = torch.eye(2, 3, device=runtime.device).expand(len(ready), 2, 3)
     grid = F.affine_grid(theta, ready.shape, align_corners=True)
 
     def resample() -> None:
@@ -126,11 +122,11 @@ def build_network_stages(dataset: PneumoniaDataset, runtime: Runtime,
 
     side = MATRIX_SIDE[runtime.device.type]
     matrix = torch.randn(side, side, device=runtime.device, dtype=runtime.dtype)
-    product = 2 * side**3  # operations
+    operations = 2 * side**3  # of a product
     steps, passes = (count_operations(args.rescale_factor, training=kind) for kind in (True, False))
     return [Stage(load_and_augment, images, resample, images),
-            Stage(train_epoch, images, lambda: matrix @ matrix, product / steps),
-            Stage(predict, images, lambda: matrix @ matrix, product / passes)]
+            Stage(train_epoch, images, lambda: matrix @ matrix, operations / steps),
+            Stage(each(predict, batches), images, lambda: matrix @ matrix, operations / passes)]
 
 
 def count_operations(rescale_factor: int, *, training: bool) -> int:
@@ -155,22 +151,14 @@ def box_stages(cases: list[Overlay], folder: Path) -> list[Stage]:
                                   np.full(images, ""), np.array(scores))
 
     def label(thresholds: Sequence[float]) -> None:
-        for case in cases:
-            for threshold in thresholds:
-                ndimage.label(case.mask > threshold, structure=np.ones((3, 3)))
-
-    def save() -> None:
-        for case in cases:
-            save_overlay(folder, case)
-
-    def encode() -> None:
-        for canvas in canvases:
-            encode_png(canvas)
+        for case, threshold in product(cases, thresholds):
+            ndimage.label(case.mask > threshold, structure=np.ones((3, 3)))
 
     return [Stage(lambda: metrics.choose_thresholds(score, metrics.Thresholds()), images,
                   lambda: label(metrics.BOX_THRESHOLDS), images),
             Stage(lambda: score(default), images, lambda: label(default), images),
-            Stage(save, images, encode, len(canvases))]
+            Stage(each(partial(save_overlay, folder), cases), images,
+                  each(encode_png, canvases), len(canvases))]
 
 
 @contextlib.contextmanager
@@ -286,8 +274,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = list(find_dicom_files(data)[0].values())
     if not files:
         raise cli.InputError(f"no file in {data}: give the folder of the images with --data")
-    on_cuda = runtime.device.type == "cuda"
-    device = torch.cuda.get_device_name() if on_cuda else runtime.device.type
+    device = runtime.device.type
+    if device == "cuda":
+        device = torch.cuda.get_device_name()
     print(f"{device}, {runtime.dtype}, {cli.usable_cores()} cores, {args.workers} workers, batches "
           f"of {args.batch_size}, {cli.IMAGE_SIDE // args.rescale_factor} pixels, median of "
           f"{args.repeats}; {len(files)} files in {data}")
@@ -304,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             stages = build_stages(paths, runtime, args)
             figures["tables"].append(time_stages(stages, args.repeats, runtime.device))
     figures["peak_bytes"] = peak_memory()
-    figures["peak_cuda_bytes"] = torch.cuda.max_memory_allocated() if on_cuda else 0
+    figures["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()  # 0 without a GPU
     print(f"\npeak memory {figures['peak_bytes'] / 1e9:.2f} GB, "
           f"on the GPU {figures['peak_cuda_bytes'] / 1e9:.2f} GB")
     if args.json:
