@@ -279,7 +279,7 @@ def write_images(
     folder.mkdir()
     write = functools.partial(write_patient, folder=folder, seed=seed, split=split)
     # threads: NumPy and Pillow release the interpreter's lock, and a pool of processes would need
-    # /dev/shm, which a container may lack
+    # /dev/shm, which a container may lack; pydicom's switch, for the DS that is too long, is global
     with config.disable_value_validation(), ThreadPoolExecutor(cli.usable_cores()) as pool:
         return list(pool.map(write, range(count)))
 
