@@ -1,11 +1,12 @@
 """Times every stage of the pipeline next to the least that the machine at hand could need for it.
 
     python benchmark.py                             # some minutes without a GPU
-    python benchmark.py --images 50 --growth        # at 1, 2 and 4 times as many images
+    python benchmark.py --images 50 100 200         # does an image cost the same among more?
     python benchmark.py --images 50 --cache 26684   # and the memory of a full-size training set
 
 Reads a folder of DICOM files with JPEG streams, repeated where --images asks for more, and draws
-boxes and masks at random. Prints a table of median wall-clock times and writes it to --json.
+boxes and masks at random. Prints a table of median wall-clock times for each number of images and
+writes all to --json.
 """
 
 import argparse
@@ -17,7 +18,9 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import cycle, islice
+from copy import deepcopy
+from functools import partial
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,20 +67,21 @@ class Stage(NamedTuple):
     limit_images: float
 
 
+def each(function: Callable[[Any], Any], items: Sequence) -> Callable[[], None]:
+    """A call of the function on each of the items."""
+    def call() -> None:
+        for item in items:
+            function(item)
+    return call
+
+
 def build_file_stages(paths: list[Path], args: argparse.Namespace) -> list[Stage]:
     """Stages that read files; these lie alone in their folder."""
-    def read_bare() -> None:
-        for path in paths:
-            dcmread(path, stop_before_pixels=True, specific_tags=TAGS)
-
-    def decode_plain() -> None:
-        for path in paths:
-            plain_decode(path)
-
+    read_bare = partial(dcmread, stop_before_pixels=True, specific_tags=TAGS)
     images, shared = len(paths), len(paths) * args.workers  # workers share the files at best
-    return [Stage(lambda: read_headers(paths[0].parent), images, read_bare, shared),
+    return [Stage(lambda: read_headers(paths[0].parent), images, each(read_bare, paths), shared),
             Stage(lambda: prepare(paths, args.rescale_factor, args.workers), images,
-                  decode_plain, shared)]
+                  each(plain_decode, paths), shared)]
 
 
 def plain_decode(path: Path) -> None:
@@ -95,27 +99,20 @@ def build_network_stages(dataset: PneumoniaDataset, runtime: Runtime,
     """Stages that run the network, or feed it, on whole batches with train.py's defaults."""
     train_args, _, _ = train.parse_args([f"--batch-size={args.batch_size}",
                                          f"--rescale-factor={args.rescale_factor}"])
-    images = len(dataset) + -len(dataset) % args.batch_size
-    indices = list(islice(cycle(range(len(dataset))), images))
-    loader, _ = train.build_loader(dataset, indices, train_args, runtime)
+    loader, _ = train.build_loader(dataset, range(len(dataset)), train_args, runtime)
     model = train.build_model(train_args)
-    training = train.build_training(model, train_args, 100 * len(loader), runtime)
+    training = train.build_training(model, train_args, len(loader), runtime)
     batches = [batch for batch, _ in loader]
+    images = sum(map(len, batches))
 
     def load_and_augment() -> None:
         for batch, masks in loader:
             training.augmentation(runtime.load(batch), masks.to(runtime.device).float())
 
-    def train_epoch() -> None:
-        train_one_epoch(training, loader, lambda *_: None)
-
-    def predict() -> None:
-        model.eval()
-        for batch in batches:
-            runtime.predict_masks(model, batch)
-
+    train_epoch = partial(train_one_epoch, training, loader, log=lambda *_: None)
+    predict = partial(runtime.predict_masks, deepcopy(model).eval())
     ready = runtime.load(batches[0])
-    theta = torch.eye(2, 3, device=runtime.device).expand(args.batch_size, 2, 3)
+    theta = torch.eye(2, 3, device=runtime.device).expand(len(ready), 2, 3)
     grid = F.affine_grid(theta, ready.shape, align_corners=True)
 
     def resample() -> None:
@@ -125,11 +122,11 @@ def build_network_stages(dataset: PneumoniaDataset, runtime: Runtime,
 
     side = MATRIX_SIDE[runtime.device.type]
     matrix = torch.randn(side, side, device=runtime.device, dtype=runtime.dtype)
-    product = 2 * side**3  # operations
+    operations = 2 * side**3  # of a product
     steps, passes = (count_operations(args.rescale_factor, training=kind) for kind in (True, False))
     return [Stage(load_and_augment, images, resample, images),
-            Stage(train_epoch, images, lambda: matrix @ matrix, product / steps),
-            Stage(predict, images, lambda: matrix @ matrix, product / passes)]
+            Stage(train_epoch, images, lambda: matrix @ matrix, operations / steps),
+            Stage(each(predict, batches), images, lambda: matrix @ matrix, operations / passes)]
 
 
 def count_operations(rescale_factor: int, *, training: bool) -> int:
@@ -154,22 +151,14 @@ def box_stages(cases: list[Overlay], folder: Path) -> list[Stage]:
                                   np.full(images, ""), np.array(scores))
 
     def label(thresholds: Sequence[float]) -> None:
-        for case in cases:
-            for threshold in thresholds:
-                ndimage.label(case.mask > threshold, structure=np.ones((3, 3)))
-
-    def save() -> None:
-        for case in cases:
-            save_overlay(folder, case)
-
-    def encode() -> None:
-        for canvas in canvases:
-            encode_png(canvas)
+        for case, threshold in product(cases, thresholds):
+            ndimage.label(case.mask > threshold, structure=np.ones((3, 3)))
 
     return [Stage(lambda: metrics.choose_thresholds(score, metrics.Thresholds()), images,
                   lambda: label(metrics.BOX_THRESHOLDS), images),
             Stage(lambda: score(default), images, lambda: label(default), images),
-            Stage(save, images, encode, len(canvases))]
+            Stage(each(partial(save_overlay, folder), cases), images,
+                  each(encode_png, canvases), len(canvases))]
 
 
 @contextlib.contextmanager
@@ -192,18 +181,14 @@ def prepare(paths: Sequence[Path], rescale_factor: int, workers: int) -> Pneumon
 
 
 def draw_case(dataset: PneumoniaDataset, index: int, rng: np.random.Generator) -> Overlay:
-    """What the network might make of an image: a smooth bump for each box on low, uneven ground."""
-    boxes, size, side = dataset.boxes[index], dataset.original_sizes[index], dataset.side
-    middles, mask = np.arange(side) + 0.5, np.zeros((side, side))
-    for x, y, width, height in metrics.rescale_boxes(boxes, size, mask.shape):
-        across = np.exp(-4 * ((middles - x) / width - 0.5) ** 2)
-        down = np.exp(-4 * ((middles - y) / height - 0.5) ** 2)
-        mask += rng.uniform(0.2, 0.95) * np.outer(down, across)
+    """What the network might make of an image: its true mask, blurred, on low, uneven ground."""
+    side, (_, masks) = dataset.side, dataset[[index]]
+    blurred = ndimage.gaussian_filter(masks[0, 0].numpy().astype(float), side / 12)
     uneven = ndimage.zoom(rng.uniform(0.7, 1, (16, 16)), side / 16, order=1)
-    mask = (uneven * (0.03 + 0.97 * np.clip(mask, 0, 1))).astype(np.float32)
+    mask = uneven * (0.03 + rng.uniform(0.2, 1) * blurred)
     radiograph = read_image(dataset.paths[index], cli.IMAGE_SIDE // side, IMAGE_SIZE)
-    patient_id = dataset.patient_ids[index]
-    return make_overlay(patient_id, radiograph, mask, metrics.Thresholds(gate=0), boxes)
+    return make_overlay(dataset.patient_ids[index], radiograph, mask.astype(np.float32),
+                        metrics.Thresholds(gate=0), dataset.boxes[index])
 
 
 def measure(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
@@ -244,15 +229,6 @@ def time_stages(stages: list[Stage], repeats: int, device: torch.device) -> dict
     return {"images": images, "stages": table}
 
 
-def print_growth(tables: Sequence[dict]) -> None:
-    """How much each stage's cost grows when the images double: 2 if it is in proportion."""
-    print("\ncost when the images double")
-    for name in STAGES:
-        seconds = [table["stages"][name]["seconds"] for table in tables]
-        ratios = [2 * after / before for before, after in zip(seconds, seconds[1:])]
-        print(f"{name:<17}" + "".join(f"{ratio:>7.2f}" for ratio in ratios))
-
-
 def peak_memory() -> int:
     """The most bytes of memory that this process has held; 0 on other systems than Linux."""
     status = Path("/proc/self/status")
@@ -279,10 +255,8 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", "-d", default=cli.default_path("TRAINML_DATA_PATH", TRAIN_IMAGES),
         help="folder of DICOM files (default: %(default)s)")
-    add("--images", type=cli.bounded(1, math.inf, int), default=250,
-        help="how many; files repeat if they are fewer (default: %(default)s)")
-    add("--growth", default=False, action=cli.Switch,
-        help="measure at 1, 2 and 4 times --images (default: off)")
+    add("--images", type=cli.bounded(1, math.inf, int), nargs="+", default=[250],
+        help="how many, one table for each number; files repeat if they are fewer (default: 250)")
     add("--cache", type=cli.bounded(1, math.inf, int),
         help="first measure the memory that so many prepared images take")
     add("--repeats", type=cli.bounded(1, math.inf, int), default=3,
@@ -300,8 +274,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = list(find_dicom_files(data)[0].values())
     if not files:
         raise cli.InputError(f"no file in {data}: give the folder of the images with --data")
-    on_cuda = runtime.device.type == "cuda"
-    device = torch.cuda.get_device_name() if on_cuda else runtime.device.type
+    device = runtime.device.type
+    if device == "cuda":
+        device = torch.cuda.get_device_name()
     print(f"{device}, {runtime.dtype}, {cli.usable_cores()} cores, {args.workers} workers, batches "
           f"of {args.batch_size}, {cli.IMAGE_SIDE // args.rescale_factor} pixels, median of "
           f"{args.repeats}; {len(files)} files in {data}")
@@ -313,14 +288,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             figures["cache_bytes"] = measure_cache(
                 paths, rescale_factor=args.rescale_factor, workers=args.workers,
                 batch_size=args.batch_size)
-    for factor in (1, 2, 4) if args.growth else (1,):
-        with linked(files, args.images * factor) as paths:
+    for count in args.images:
+        with linked(files, count) as paths:
             stages = build_stages(paths, runtime, args)
             figures["tables"].append(time_stages(stages, args.repeats, runtime.device))
-    if args.growth:
-        print_growth(figures["tables"])
     figures["peak_bytes"] = peak_memory()
-    figures["peak_cuda_bytes"] = torch.cuda.max_memory_allocated() if on_cuda else 0
+    figures["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()  # 0 without a GPU
     print(f"\npeak memory {figures['peak_bytes'] / 1e9:.2f} GB, "
           f"on the GPU {figures['peak_cuda_bytes'] / 1e9:.2f} GB")
     if args.json:

@@ -18,14 +18,13 @@ import math
 import shutil
 import uuid
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from numpy.random import Generator, default_rng
 from PIL import Image, ImageDraw, ImageFont
 from pydicom import Dataset, config
-from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGBaseline8Bit, SecondaryCaptureImageStorage, generate_uid
 
@@ -224,7 +223,7 @@ def draw_patient(rng: Generator, label: str, view: str) -> tuple[np.ndarray, lis
     black, contrast, gamma = rng.uniform(0, 25), rng.uniform(190, 240), rng.uniform(0.75, 1.3)
     image = black + contrast * np.clip(image, 0, 1) ** gamma
     image = resize(image, SIDE) + draw_objects(rng, findings, view)
-    grain = np.frombuffer(rng.bytes(SIDE * SIDE), np.uint8).reshape(SIDE, SIDE)
+    grain = rng.integers(256, size=(SIDE, SIDE), dtype=np.uint8)
     image += np.float32(rng.uniform(3, 12) / 128) * (grain - np.float32(127.5))
     return np.clip(image, 0, 255).astype(np.uint8), boxes
 
@@ -242,7 +241,7 @@ def make_header(rng: Generator, patient_id: str, view: str) -> Dataset:
     """The challenge's tags, pixels apart; the age is a bare number, one in 200 a typing error."""
     age = rng.choice([148, 151, 155]) if rng.random() < 0.005 else rng.integers(3, 92)
     header = Dataset()
-    header.file_meta = FileMetaDataset()
+    header.ensure_file_meta()
     header.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
     header.update(HEADER)
     header.StudyInstanceUID = generate_uid(entropy_srcs=[patient_id, "study"])
@@ -268,24 +267,21 @@ def write_patient(index: int, *, folder: Path, seed: int, split: int) -> tuple[s
     patient_id, label = patient_id_of(seed, split, index), CLASSES[index % len(CLASSES)]
     view = "AP" if rng.random() < (0.78 if label == OPACITY else 0.36) else "PA"
     image, boxes = draw_patient(rng, label, view)
-    with config.disable_value_validation():
-        dataset = make_header(rng, patient_id, view)
-        dataset.PixelData = encapsulate([encode_jpeg(image)])
-        dataset.save_as(folder / f"{patient_id}.dcm", enforce_file_format=True)
+    dataset = make_header(rng, patient_id, view)
+    dataset.PixelData = encapsulate([encode_jpeg(image)])
+    dataset.save_as(folder / f"{patient_id}.dcm", enforce_file_format=True)
     return patient_id, label, boxes
 
 
-def write_images(folder: Path, count: int, *, seed: int, split: int,
-                 workers: int | None = None) -> list[tuple[str, str, list]]:
+def write_images(
+        folder: Path, count: int, *, seed: int, split: int) -> list[tuple[str, str, list]]:
     """Writes `count` images into a new folder; returns their ids, classes and boxes."""
     folder.mkdir()
     write = functools.partial(write_patient, folder=folder, seed=seed, split=split)
-    try:
-        pool = ProcessPoolExecutor(workers)
-    except OSError:  # its semaphores need /dev/shm, which a container may lack
-        return [write(index) for index in range(count)]
-    with pool:
-        return list(pool.map(write, range(count), chunksize=4))
+    # threads: NumPy and Pillow release the interpreter's lock, and a pool of processes would need
+    # /dev/shm, which a container may lack; pydicom's switch, for the DS that is too long, is global
+    with config.disable_value_validation(), ThreadPoolExecutor(cli.usable_cores()) as pool:
+        return list(pool.map(write, range(count)))
 
 
 def table_rows(patients: list[tuple[str, str, list]]) -> list[tuple]:
@@ -317,8 +313,7 @@ def earlier_ids(folder: Path) -> set[str] | None:
 def ids_in(path: Path) -> set[str]:
     """Patient ids that an image folder or a table holds."""
     if path.is_dir():
-        names = [entry.name for entry in path.iterdir()]
-        return {name.removesuffix(".dcm") for name in names if not name.startswith(".")}
+        return {visible.name.removesuffix(".dcm") for visible in path.glob("[!.]*")}
     lines = path.read_text("utf-8", "replace").splitlines()
     return {line.split(",")[0] for line in lines[1:]}
 
@@ -328,12 +323,10 @@ def remove_earlier(folder: Path) -> None:
     known = earlier_ids(folder)
     paths = [folder / name for name in IMAGES + TABLES]
     paths = [path for path in paths if path.exists() or path.is_symlink()]
-    foreign = [path.name for path in paths
-               if known is None or path.is_symlink() or not ids_in(path) <= known]
-    if foreign:
-        raise cli.InputError(
-            f"{folder} holds data that sample_data.py did not make ({', '.join(foreign)}): give "
-            "another folder with --output, or set TRAINML_DATA_PATH")
+    for path in paths:
+        if known is None or path.is_symlink() or not ids_in(path) <= known:
+            raise cli.InputError(f"{path} holds data that sample_data.py did not make: give "
+                                 "another folder with --output, or set TRAINML_DATA_PATH")
     for path in paths:
         if path.is_dir():
             shutil.rmtree(path)

@@ -101,9 +101,11 @@ def test_encoding_keeps_the_image(tmp_path):
         assert np.abs(np.int16(decoded) - image).max() <= 3
 
 
-def test_an_image_depends_on_its_seed_and_index_alone(folder, tmp_path):
-    sample_data.write_images(tmp_path / "one", 3, seed=42, split=0, workers=1)
-    sample_data.write_images(tmp_path / "three", 3, seed=42, split=0, workers=3)
+def test_an_image_depends_on_its_seed_and_index_alone(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample_data.cli, "usable_cores", lambda: 1)
+    sample_data.write_images(tmp_path / "one", 3, seed=42, split=0)
+    monkeypatch.setattr(sample_data.cli, "usable_cores", lambda: 3)
+    sample_data.write_images(tmp_path / "three", 3, seed=42, split=0)
     made = contents(tmp_path / "one")
     assert made == contents(tmp_path / "three")
     assert made.items() <= contents(folder / "stage_2_train_images").items()
@@ -140,7 +142,7 @@ def test_refuses_data_of_others(tmp_path, name):
     path = tmp_path / name
     path.write_text("patientId\n") if name.endswith(".csv") else path.mkdir()
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(InputError, match="did not make .*--output"):
+    with pytest.raises(InputError, match=f"{name} holds data .* did not make: .*--output"):
         sample_data.main(["--train", "1", "--test", "0", "--output", str(tmp_path)])
     assert sorted(tmp_path.rglob("*")) == before
 
