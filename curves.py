@@ -36,7 +36,7 @@ def draw_history(folder: Path, history: Sequence[dict[str, float]]) -> None:
 
 def draw_scores(folder: Path, evaluation: Evaluation, thresholds: Thresholds) -> None:
     """Writes folder/scores.png: ROC and precision-recall curves, and the score over each threshold,
-    with those in use; the evaluation is that at [thresholds.box, *CURVE_THRESHOLDS]."""
+    with those in use. The evaluation must be at [thresholds.box, *CURVE_THRESHOLDS]."""
     from matplotlib.figure import Figure
     from sklearn.metrics import precision_recall_curve, roc_curve
 
