@@ -24,7 +24,7 @@ from tqdm import tqdm
 FOLDERS = {"TRAINML_DATA_PATH": "data", "TRAINML_MODEL_PATH": ".", "TRAINML_OUTPUT_PATH": "output"}
 IMAGE_SIDE = 1024  # pixels a side in the challenge; the network sees IMAGE_SIDE / rescale_factor
 RESCALE_FACTORS = (1, 2, 4, 8, 16)
-RESULTS = ("images", "validation", "logs", "curves.png", "scores.png")  # of a run, not its input
+
 NAMED = 5  # items named in a warning; the rest are counted
 LOG_SECONDS = 30  # between progress lines in a job log
 FIRST_SECONDS = 10  # for the first of several processes to report an error that all have
@@ -72,13 +72,7 @@ def require(path: str | Path, kind: str, *, flag: str, variable: str | None = No
     return path
 
 
-def result_folders(output: Path, data: Path) -> list[Path]:
-    """Paths that a search of `data` must skip: `output` if it lies inside, else the RESULTS in
-    `output`."""
-    output = output.resolve()
-    if data.resolve() in output.parents:
-        return [output]
-    return [output / name for name in RESULTS]
+
 
 
 class Switch(argparse.BooleanOptionalAction):
@@ -186,11 +180,10 @@ def batched(iterable: Iterable, size: int) -> Iterator[list]:
         yield batch
 
 
-def progress(iterable: Iterable, *, total: int, description: str, unit: str = " images",
-             scale: int = 1) -> tqdm:
+def progress(iterable: Iterable, *, total: int, description: str, scale: int = 1) -> tqdm:
     """Shows a bar on a terminal, and in a job log a plain line every LOG_SECONDS. Each of the
-    `total` steps counts as `scale` units; `set_postfix_str` of the result adds to the line."""
-    options = {"total": total, "desc": description, "unit": unit,
+    `total` steps counts as `scale` images; `set_postfix_str` of the result adds to the line."""
+    options = {"total": total, "desc": description, "unit": " images",
                "unit_scale": scale > 1 and scale, "leave": False, "disable": not _is_first()}
     if not sys.stderr.isatty():
         options |= {"file": _JobLog(), "mininterval": LOG_SECONDS, "miniters": 1,

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from cli import IMAGE_SIDE, InputError, InternalError, progress, result_folders, warn
+from cli import IMAGE_SIDE, InputError, InternalError, progress, warn
 from dicom import load_and_prepare_image  # noqa: F401, the reader is expected here
-from folders import find_dicom_files
+from folders import find_dicom_files, result_paths
 from labels import read_labels
 from metrics import rescale_boxes
 from readers import INTERNAL_ERROR, read_images
@@ -97,7 +97,7 @@ class PneumoniaDataset(Dataset):
                        f"{MAX_UNREADABLE:.0%}; the first is {path}: {reason}")
 
     def _release(self):
-        """Gives the mapped pages back to the file cache, so memory does not grow with every image."""
+        """Gives the mapped pages back to the file cache, so memory stays small."""
         if hasattr(self._map, "madvise"):  # not on Windows
             self._map.madvise(mmap.MADV_DONTNEED)
 
@@ -148,7 +148,7 @@ def find_labelled(data: Path, labels: Path, output: Path) -> Labelled:
     Raises InputError if there are too few to train on.
     """
     boxes, views = read_labels(labels)
-    found, skipped = find_dicom_files(data, result_folders(output, data))
+    found, skipped = find_dicom_files(data, result_paths(output, data))
     warn("files are left out", [f"{path} {reason}" for path, reason in skipped])
     warn("ids of the table have no image and are left out", sorted(boxes.keys() - found.keys()))
     files = {key: found[key] for key in boxes if key in found}

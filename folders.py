@@ -15,6 +15,7 @@ TRAIN_IMAGES, TEST_IMAGES = "stage_2_train_images", "stage_2_test_images"
 MARKER = "synthetic.json"
 DICOM_SUFFIXES = {"", ".dcm", ".dicom", ".dic", ".ima"}  # and numbers; other files are opened
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
+RESULTS = ("images", "validation", "logs", "curves.png", "scores.png")  # of a run, not its input
 
 
 def patient_id_of(path: Path, folder: Path | None = None) -> str:
@@ -29,6 +30,14 @@ def patient_id_of(path: Path, folder: Path | None = None) -> str:
 
 def _text(name):
     return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def result_paths(output: Path, data: Path) -> list[Path]:
+    """What a search of `data` must skip: `output` if it lies inside, else the RESULTS in it."""
+    output = output.resolve()
+    if data.resolve() in output.parents:
+        return [output]
+    return [output / name for name in RESULTS]
 
 
 def find_dicom_files(
@@ -136,7 +145,8 @@ def refuse_mixture(folder: Path, files: Collection) -> None:
 
 
 def _walk(folder, leave_out, skipped):
-    """Yields the paths of files, and searches each real folder once."""
+    """Yields the paths of files, searching each real folder once; adds to `skipped` the folders
+    that cannot be searched."""
     def unreadable(error: OSError) -> None:
         skipped.append((Path(error.filename), error.strerror))
 

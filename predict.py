@@ -22,7 +22,7 @@ import metrics
 import parallel
 from curves import CURVE_THRESHOLDS, draw_scores
 from drawing import IMAGE_SIZE, Overlay, make_overlay, picture_writer
-from folders import find_radiographs
+from folders import find_radiographs, result_paths
 from labels import read_labels
 from model import Runtime, choose_runtime, load_checkpoint
 from readers import INTERNAL_ERROR, Reading, read_images
@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # files
     output = cli.require(args.output, "output", flag="--output", variable="TRAINML_OUTPUT_PATH")
-    leave_out = [path for source in sources for path in cli.result_folders(output, source)]
+    leave_out = [path for source in sources for path in result_paths(output, source)]
     files, skipped = parallel.once(partial(find_radiographs, sources, leave_out), runtime)
     source = args.data[0] if len(args.data) == 1 else f"the {len(args.data)} paths given"
     print(f"{len(files)} files in {source}; {runtime.device.type}, {runtime.dtype}; {thresholds}")
