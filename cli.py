@@ -24,7 +24,6 @@ from tqdm import tqdm
 FOLDERS = {"TRAINML_DATA_PATH": "data", "TRAINML_MODEL_PATH": ".", "TRAINML_OUTPUT_PATH": "output"}
 IMAGE_SIDE = 1024  # pixels a side in the challenge; the network sees IMAGE_SIDE / rescale_factor
 RESCALE_FACTORS = (1, 2, 4, 8, 16)
-
 NAMED = 5  # items named in a warning; the rest are counted
 LOG_SECONDS = 30  # between progress lines in a job log
 FIRST_SECONDS = 10  # for the first of several processes to report an error that all have
@@ -70,9 +69,6 @@ def require(path: str | Path, kind: str, *, flag: str, variable: str | None = No
             raise InputError(
                 f"{path} is {found}, not a folder: give the folder that it {other} with {remedy}")
     return path
-
-
-
 
 
 class Switch(argparse.BooleanOptionalAction):

@@ -69,7 +69,8 @@ class Network:
         self.runtime = choose_runtime("auto", "auto")
         self.model, state = load_checkpoint(checkpoint, self.runtime.device)
         self.rescale_factor = state.get("rescale_factor") or 4
-        self.thresholds, self.running = Thresholds.of_checkpoint(state), Lock()
+        self.thresholds = Thresholds.of_checkpoint(state)
+        self.lock = Lock()  # one image at a time
 
     def predict(self, content_type: str, body: bytes) -> dict[str, dict[str, str]]:
         """The answer to a request, as get_prediction gives it."""
@@ -80,7 +81,7 @@ class Network:
             raise ValueError(reading.problem)
         patient_id, radiograph = reading.value
         image = torch.from_numpy(radiograph.image[None, None])
-        with self.running:
+        with self.lock:
             [mask] = self.runtime.predict_masks(self.model, image)
         overlay = make_overlay(patient_id, radiograph, mask, self.thresholds)
         picture = base64.b64encode(encode_png(draw_overlay(overlay))).decode()
@@ -129,8 +130,7 @@ def _read_form(content_type, body):
 
 
 def build_app() -> "FastAPI":  # noqa: F821, imported inside
-    """POST /predict, GET /health and the page; a refusal is {"detail": reason} with status 4xx, or
-    5xx if the server is to blame."""
+    """POST /predict, GET /health and the page; refusals are {"detail": reason}, 4xx or 5xx."""
     from fastapi import FastAPI, HTTPException, Request, responses
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     places = asyncio.Semaphore(MAX_REQUESTS)

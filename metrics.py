@@ -196,9 +196,9 @@ def gate_scores(evaluation: Evaluation, gate: float) -> np.ndarray:
     return np.where(evaluation.confidences[:, None] >= gate, evaluation.scores, below)
 
 
-def summarize(evaluation: Evaluation, gate: float, column: int = 0) -> dict[str, float]:
-    """Figures of an Evaluation at a gate and one of its box thresholds."""
-    scores = gate_scores(evaluation, gate)[:, column]
+def summarize(evaluation: Evaluation, gate: float) -> dict[str, float]:
+    """Figures of an Evaluation at a gate and the first of its box thresholds."""
+    scores = gate_scores(evaluation, gate)[:, 0]
     confidences, positive = evaluation.confidences, evaluation.positive
     figures = {"loss": evaluation.loss, "rsna": float(mean_average_precision(scores)),
                "rsna_standard_error": float(bootstrap(scores).std()),

@@ -57,7 +57,6 @@ def test_a_folder_for_results_that_cannot_be_made_is_named_with_the_reason(tmp_p
         cli.require(tmp_path / "file" / "x", "output", flag="--output")
 
 
-
 @pytest.mark.parametrize("value, path", [("/input", "/input/x"), ("", "data/x"), (None, "data/x")])
 def test_a_variable_names_a_folder_unless_it_is_empty(monkeypatch, value, path):
     if value is not None:
