@@ -42,8 +42,7 @@ class PneumoniaDataset(Dataset):
     Takes files {patient_id: path}, boxes {patient_id: (n, 4)} in original pixels, and views
     {patient_id: "AP" or "PA"}, which may lack some. The images are kept as uint8 in an unnamed,
     memory-mapped temporary file, of which nothing is left however the run ends. Unreadable files
-    are left out and listed in `skipped` [(path, reason)]; `notes` [(path, remark)] has remarks on
-    readable ones.
+    are in `skipped` [(path, reason)], remarks on readable ones in `notes` [(path, remark)].
 
     Raises InputError if more than MAX_UNREADABLE of the files cannot be read or the disk has no
     room for the images, InternalError if a bug of ours is to blame.

@@ -202,13 +202,12 @@ def _header_values(dataset):
 
 def _check_header(header):
     """Refuses, by the header alone, what cannot be decoded or should not be tried."""
-    columns, rows, frames = header["Columns"], header["Rows"], header["NumberOfFrames"]
     if not header["has_pixels"]:
         raise UnreadableImage("has no pixel data")
-    _check_size(columns, rows)
+    _check_size(header["Columns"], header["Rows"])
     if not header["syntax"]:
         raise UnreadableImage("does not say how its pixels are encoded: it has no transfer syntax")
-    _note_frames(frames)
+    _note_frames(header["NumberOfFrames"])
 
 
 def _check_size(columns, rows):

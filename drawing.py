@@ -47,8 +47,7 @@ class Overlay(NamedTuple):
 
 def make_overlay(patient_id: str, radiograph: Radiograph, mask: np.ndarray,
                  thresholds: Thresholds, truth: np.ndarray | None = None) -> Overlay:
-    """Finds the boxes of a mask (S, S); shows the radiograph's display or, if it has none, its
-    image."""
+    """The Overlay of a mask (S, S) on the radiograph's display or, if it has none, its image."""
     image = radiograph.image if radiograph.display is None else radiograph.display
     boxes, confidences = find_boxes(mask, radiograph.original_size, thresholds)
     return Overlay(patient_id, image, mask, boxes, confidences, radiograph.original_size, truth,

@@ -49,9 +49,7 @@ def combined_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 def train_one_epoch(training: Training, loader: DataLoader,
                     log: Callable[[int, list[float], float], None]) -> float:
     """One pass over the loader; returns the mean loss. Calls log(last step, losses, learning rate)
-    every CHECK_STEPS steps; the last step is counted over all epochs.
-
-    Raises InputError if a loss is not finite.
+    every CHECK_STEPS steps; its step counts over all epochs. Raises InputError like check_losses.
     """
     model, optimizer, scheduler, scaler, augmentation, runtime, network = training
     model.train()

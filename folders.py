@@ -145,8 +145,7 @@ def refuse_mixture(folder: Path, files: Collection) -> None:
 
 
 def _walk(folder, leave_out, skipped):
-    """Yields the paths of files, searching each real folder once; adds to `skipped` the folders
-    that cannot be searched."""
+    """Yields paths of files, searching each real folder once; adds unusable ones to `skipped`."""
     def unreadable(error: OSError) -> None:
         skipped.append((Path(error.filename), error.strerror))
 

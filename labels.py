@@ -51,8 +51,7 @@ def read_table(path: Path, columns: list[str], optional: tuple[str, ...] = ()) -
     table = cells[1:].set_axis(cells.iloc[0], axis="columns").rename_axis(columns=None)
     missing = [column for column in columns if column not in table]
     if missing:
-        raise InputError(
-            f"{path} has no column {', '.join(missing)}: it has {', '.join(table)}")
+        raise InputError(f"{path} has no column {', '.join(missing)}: it has {', '.join(table)}")
     if table.empty:
         raise InputError(f"{path} has no rows: give a complete table")
     table = table.loc[:, ~table.columns.duplicated()]

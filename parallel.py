@@ -60,7 +60,8 @@ def once(make: Callable[[], Any], runtime: Runtime) -> Any:
 
 def share(items: Sequence, runtime: Runtime) -> Sequence:
     """This process's share of the items, which are consecutive."""
-    first, end = (len(items) * rank // runtime.world for rank in (runtime.rank, runtime.rank + 1))
+    first = len(items) * runtime.rank // runtime.world
+    end = len(items) * (runtime.rank + 1) // runtime.world
     return items[first:end]
 
 

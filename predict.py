@@ -78,8 +78,7 @@ class Results:
         if reading.note:
             self.notes.append(f"{path} {reading.note}")
         overlay = make_overlay(patient_id, reading.value, mask, self.thresholds, truth)
-        self.annotations[patient_id] = metrics.prediction_string(
-            overlay.boxes, overlay.confidences)
+        self.annotations[patient_id] = metrics.prediction_string(overlay.boxes, overlay.confidences)
         self.rows.append(row_of(overlay))
         if truth is not None:
             self._score(overlay)

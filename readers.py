@@ -138,7 +138,7 @@ class ReaderPool:
         return process.exitcode
 
     def read_chunk(self, chunk: list) -> list[Reading] | str:
-        """A Reading of each item, or the problem that their reader died of."""
+        """A Reading of each item, or the problem that ended their reader."""
         process, connection = self.idle.get()
         while connection.poll():  # nothing was sent yet, so this reader is dead
             self._replace(process, connection)

@@ -1,4 +1,4 @@
-"""Trains the U-Net on the table of data_processing.py and scores it on held-out radiographs.
+"""Trains the U-Net on the boxes in train.csv and scores it on held-out radiographs.
 
     python train.py --debug --optimizer adamax                        # does everything work?
     python train.py --optimizer adamw --epochs 10 --train-threshold   # a real run
@@ -95,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data", "-d", default=cli.default_path("TRAINML_DATA_PATH", "stage_2_train_images"),
         help="folder of DICOM files (default: %(default)s)")
     add("--labels", "-l", default=cli.default_path("TRAINML_MODEL_PATH", "train.csv"),
-        help="table of data_processing.py (default: %(default)s)")
+        help="train.csv, as data_processing.py writes it (default: %(default)s)")
     add("--save", default=cli.default_path("TRAINML_OUTPUT_PATH"),
         help="folder for checkpoints, images, logs and metrics (default: %(default)s)")
     add("--checkpoint", help="last.pth.tar of a run to continue, or weights to start from")
@@ -129,7 +129,7 @@ def add_recipe_options(add: Callable) -> None:
     """The flags of optimizer and network."""
     above_0 = cli.bounded(1e-30, math.inf)
     add("--optimizer", "-o", default="adam", choices=list(OPTIMIZERS),
-        help="(default: %(default)s)")
+        help="one of PyTorch's optimizers (default: %(default)s)")
     add("--learning-rate", "--lr", type=above_0,
         help=f"peak of the learning rate, above 0 (default: {_defaults('lr')})")
     add("--learning-rate-decay", "--lrd", type=cli.bounded(0, 1), default=0.01,
@@ -139,7 +139,7 @@ def add_recipe_options(add: Callable) -> None:
     add("--eps", type=above_0,
         help="term in the optimizer's denominator, not for sgd (default: PyTorch's)")
     add("--weight-decay", "--wd", type=cli.bounded(0, math.inf),
-        help=f"0 or more (default: {_defaults('weight_decay')}, else 0)")
+        help=f"weight decay, 0 or more (default: {_defaults('weight_decay')}, else 0)")
     add("--width", type=cli.bounded(2, 512, int), default=32,
         help="channels at the U-Net's first level, 2 to 512 (default: %(default)s)")
     add("--bn-momentum", type=cli.bounded(0, 1), default=0.1,
