@@ -1,4 +1,4 @@
-"""What the scripts share: paths from the TRAINML_* variables, flags, whole files, progress lines,
+"""What the scripts share: paths from the TRAINML_* variables, flags, atomic writes, progress lines,
 and user errors reported on one line."""
 
 import argparse
@@ -24,20 +24,19 @@ from tqdm import tqdm
 FOLDERS = {"TRAINML_DATA_PATH": "data", "TRAINML_MODEL_PATH": ".", "TRAINML_OUTPUT_PATH": "output"}
 IMAGE_SIDE = 1024  # pixels a side in the challenge; the network sees IMAGE_SIDE / rescale_factor
 RESCALE_FACTORS = (1, 2, 4, 8, 16)
-RESULTS = ("images", "validation", "logs", "curves.png", "scores.png")  # in an output folder
 NAMED = 5  # items named in a warning; the rest are counted
 LOG_SECONDS = 30  # between progress lines in a job log
-FIRST_SECONDS = 10  # in which the first of several processes tells of an error
+FIRST_SECONDS = 10  # for the first of several processes to report an error that all have
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message holds the found value and the remedy."""
+    """Something the user gave cannot be used; the message has the found value and the remedy."""
     status = 2
 
 
 class InternalError(RuntimeError):
-    """A fault of our own, whose traceback is already printed, leaves nothing to go on with."""
+    """A bug of ours, its traceback already printed, left nothing to continue with."""
     status = 1
 
 
@@ -47,9 +46,11 @@ def default_path(variable: str, *parts: str) -> str:
 
 
 def require(path: str | Path, kind: str, *, flag: str, variable: str | None = None) -> Path:
-    """Returns `path` as a Path once it is a "file", a "folder" or "data", which is either but no
-    zip file, or an "output" folder, which is created; raises InputError naming path, flag and
-    variable if not."""
+    """Returns `path` as a Path if it exists, and for the kind "folder" is a folder, for "data" not
+    a zip file. An "output" folder is created and must be writable.
+
+    Raises InputError naming path, flag and variable.
+    """
     path, remedy = Path(path), flag + (f", or set {variable}" if variable else "")
     if kind == "output":
         try:
@@ -70,17 +71,8 @@ def require(path: str | Path, kind: str, *, flag: str, variable: str | None = No
     return path
 
 
-def result_folders(output: Path, data: Path) -> list[Path]:
-    """Folders and pictures of results that a search of `data` leaves out: `output` if it lies
-    inside, else those in it."""
-    output = output.resolve()
-    if data.resolve() in output.parents:
-        return [output]
-    return [output / name for name in RESULTS]
-
-
 class Switch(argparse.BooleanOptionalAction):
-    """--flag and --no-flag; the help stays as it is, to which Python 3.10 to 3.12 add a default."""
+    """--flag and --no-flag with the help as given; Python 3.10 to 3.12 would add a default."""
 
     def __init__(self, *, help: str, **options):
         super().__init__(**options)
@@ -91,11 +83,11 @@ class Parser(argparse.ArgumentParser):
     """argparse's parser with errors on one line, without the usage before them."""
 
     def error(self, message: str) -> None:
-        _let_first_tell()
+        _let_first_report()
         self.exit(2, f"{self.prog}: error: {message}; see --help\n")
 
     def add_runtime_options(self, *, batch_size: int, rescale_factor: int | None) -> None:
-        """The flags on how a network runs; no rescale factor stands for the checkpoint's."""
+        """Flags on how a network runs; a `rescale_factor` of None means the checkpoint's."""
         add = self.add_argument_group("how the network runs").add_argument
         add("--rescale-factor", "--rf", type=int, choices=RESCALE_FACTORS, default=rescale_factor,
             help=f"{IMAGE_SIDE} / side of the network's image in pixels "
@@ -103,7 +95,7 @@ class Parser(argparse.ArgumentParser):
         add("--batch-size", "--bs", type=bounded(1, math.inf, int), default=batch_size,
             help="images in a batch, 1 or more (default: %(default)s)")
         add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
-            help="auto takes the first that is there (default: %(default)s)")
+            help="auto takes the first that is available (default: %(default)s)")
         add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
             help="auto takes the fastest that the device computes natively (default: %(default)s)")
         add("--workers", type=bounded(1, math.inf, int), default=usable_cores(),
@@ -111,7 +103,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def bounded(low: float, high: float, kind: type = float) -> Callable[[str], float]:
-    """A type for argparse: a number of `kind`, finite and in low..high."""
+    """A type for argparse: a finite number of type `kind` in low..high."""
     allowed = f"{low:g} or more" if math.isinf(high) else f"between {low:g} and {high:g}"
 
     def parse(text: str) -> float:
@@ -139,8 +131,8 @@ def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[io.BufferedWriter]:
-    """Binary file that takes the place of `path` when the block ends well; otherwise the old file
-    stays as it was."""
+    """Yields a binary file that replaces `path` if the block succeeds; otherwise the old file stays
+    as it was."""
     temporary = Path(path).with_name(f".{os.getpid()}-{threading.get_ident()}.part")
     try:
         with open(temporary, "wb") as file:
@@ -157,13 +149,13 @@ def atomic_write(path: str | Path) -> Iterator[io.BufferedWriter]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8, whole or not at all; undecodable bytes of file names are escaped."""
+    """Writes UTF-8 atomically; undecodable bytes of file names are escaped."""
     with atomic_write(path) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def write_csv(path: Path, rows: Iterable[Iterable]) -> None:
-    """Writes rows as write_text does."""
+    """Writes rows as CSV, like write_text."""
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows(rows)
     write_text(path, table.getvalue())
@@ -184,11 +176,10 @@ def batched(iterable: Iterable, size: int) -> Iterator[list]:
         yield batch
 
 
-def progress(iterable: Iterable, *, total: int, description: str, unit: str = " images",
-             scale: int = 1) -> tqdm:
-    """A bar on a terminal; in a job log a plain line every LOG_SECONDS. One of the `total` steps
-    stands for `scale` units. `set_postfix_str` of what is returned adds to the bar or line."""
-    options = {"total": total, "desc": description, "unit": unit,
+def progress(iterable: Iterable, *, total: int, description: str, scale: int = 1) -> tqdm:
+    """Shows a bar on a terminal, and in a job log a plain line every LOG_SECONDS. Each of the
+    `total` steps counts as `scale` images; `set_postfix_str` of the result adds to the line."""
+    options = {"total": total, "desc": description, "unit": " images",
                "unit_scale": scale > 1 and scale, "leave": False, "disable": not _is_first()}
     if not sys.stderr.isatty():
         options |= {"file": _JobLog(), "mininterval": LOG_SECONDS, "miniters": 1,
@@ -199,7 +190,7 @@ def progress(iterable: Iterable, *, total: int, description: str, unit: str = " 
 
 
 class _JobLog(io.StringIO):
-    """Prints what tqdm would draw over and over in one line as lines of their own."""
+    """Prints each update of tqdm on a line of its own."""
 
     def write(self, text: str) -> int:
         if text.strip():
@@ -208,13 +199,13 @@ class _JobLog(io.StringIO):
 
 
 def _is_first():
-    """Whether this is the process that speaks for all that torchrun started on this machine."""
+    """Whether this process prints for all that torchrun started on this machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def _let_first_tell():
-    """Gives the first process time to tell of an error that this one has, too, and to end, upon
-    which torchrun ends this one."""
+def _let_first_report():
+    """Gives the first process time to report an error that this one shares and to exit, upon which
+    torchrun stops this one."""
     if not _is_first():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(FIRST_SECONDS)
@@ -225,16 +216,16 @@ def _terminate(signum, frame):
 
 
 def _explain(error):
-    """Exit status and message of an error that a user can mend, or whose traceback was printed;
-    raises any other again."""
+    """Exit status and message of an error that the user can fix, or whose traceback was printed;
+    re-raises any other."""
     text = str(error)
     if isinstance(error, (InputError, InternalError)):
         return error.status, text
     if "No usable temporary directory" in text:
         return 2, "no temporary folder can be written to: set TMPDIR to one"
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        place = error.filename or "output"
-        return 1, f"{error.strerror}: {place}; what was written before is intact"
+        path = error.filename or "output"
+        return 1, f"{error.strerror}: {path}; what was written before is intact"
     if isinstance(error, RuntimeError) and re.search("(closed|reset) by peer", text):  # Gloo
         return 1, "another process of this run has ended"
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
@@ -243,11 +234,12 @@ def _explain(error):
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Runs a script's `main` and exits with its status. Lines are flushed and SIGTERM ends it like
-    Ctrl-C, with status 128 + the signal.
+    """Runs a script's `main` and exits with its status. Every line of output is flushed; SIGTERM
+    stops the script like Ctrl-C, with status 128 + the signal's number.
 
-    An error is one line and status 2 if the user's, 1 if it is a full or read-only disk, too little
-    memory or InternalError; any other keeps its traceback.
+    An error is printed on one line, with status 2 if it is the user's and 1 if the disk is full or
+    read-only, memory runs out, another process has ended, or it is an InternalError. Any other
+    keeps its traceback.
     """
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     if not _is_first():
@@ -256,12 +248,12 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         status, message = main(), ""
     except KeyboardInterrupt as stop:
-        status, message = 128 + (stop.args[0] if stop.args else signal.SIGINT), "stopped"
-        message = message if _is_first() else ""
+        status = 128 + (stop.args[0] if stop.args else signal.SIGINT)
+        message = "stopped" if _is_first() else ""
     except Exception as error:
         status, reason = _explain(error)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # last words are not cut short
-        _let_first_tell()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the message is printed whole
+        _let_first_report()
         message = f"error: {reason}"
     if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)

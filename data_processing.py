@@ -33,8 +33,8 @@ def _header_row(path):
 
 
 def _age(value):
-    """Years from a bare number (`62`) or a DICOM age string (`062Y`, `006M`); None if 120 and above
-    or unreadable."""
+    """Years from a bare number (`62`) or a DICOM age string (`062Y`, `006M`); None if it is
+    unreadable or at least MAX_AGE."""
     match = re.fullmatch(r"(\d{1,9})([YMWD]?)", str(value).strip())
     age = int(match[1]) * YEARS[match[2]] if match else MAX_AGE
     return round(age, 2) if age < MAX_AGE else None
@@ -43,8 +43,8 @@ def _age(value):
 def read_headers(folder: Path) -> pd.DataFrame:
     """Table of HEADER_COLUMNS, Rows and Columns, one row per readable DICOM file in `folder`.
 
-    Its attrs["internal_errors"] counts files left out because of a fault of our own. Raises
-    InputError if there is no readable file, InternalError if that is our own fault.
+    Its attrs["internal_errors"] counts the files left out because of a bug of ours. Raises
+    InputError if no file is readable, InternalError if a bug of ours is to blame.
     """
     files, skipped = find_dicom_files(folder)
     refuse_mixture(folder, files)
@@ -71,7 +71,7 @@ def build_training_csv(images: Path, labels: Path, output: Path) -> pd.DataFrame
     """Joins the headers in folder `images` with the label tables in folder `labels` and writes
     `output`/train.csv.
 
-    One row per label row whose image is there; boxes in original pixels. Returns the table. Raises
+    One row per label row that has an image; boxes in original pixels. Returns the table. Raises
     InputError for missing or broken tables.
     """
     labels_path, classes_path = (Path(labels, name) for name in TABLES)
@@ -94,13 +94,13 @@ def build_training_csv(images: Path, labels: Path, output: Path) -> pd.DataFrame
 
 
 def drop_boxes_outside(table: pd.DataFrame) -> pd.DataFrame:
-    """The table without boxes wholly outside their image, and without an image that loses its last
-    box: it is not known to be free of opacities."""
+    """The table without boxes that lie wholly outside their image. An image that loses its last box
+    is dropped with it, since it is not known to be free of opacities."""
     right, bottom = table["x"] + table["width"], table["y"] + table["height"]
     columns, rows = table["Columns"].astype(float), table["Rows"].astype(float)
     outside = (right <= 0) | (bottom <= 0) | (table["x"] >= columns) | (table["y"] >= rows)
     beyond = (table["x"] < 0) | (table["y"] < 0) | (right > columns) | (bottom > rows)
-    cli.warn("boxes lie outside their image and are dropped, and images left without a box too",
+    cli.warn("boxes lie outside their image and are dropped, as are images left without a box",
          table["patientId"][outside])
     cli.warn("boxes reach beyond their image and are clipped in training",
          table["patientId"][beyond & ~outside])
@@ -135,15 +135,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    cli.require(args.images, "folder", flag="--images", variable="TRAINML_DATA_PATH")
-    cli.require(args.output, "output", flag="--output", variable="TRAINML_MODEL_PATH")
+    images = cli.require(args.images, "folder", flag="--images", variable="TRAINML_DATA_PATH")
+    output = cli.require(args.output, "output", flag="--output", variable="TRAINML_MODEL_PATH")
     if args.type == "prediction":
-        table = build_prediction_csv(args.images, args.output)
+        table = build_prediction_csv(images, output)
     else:
+        labels = Path(args.labels)
         for name in TABLES:
-            path = Path(args.labels, name)
-            cli.require(path, "file", flag="--labels", variable="TRAINML_DATA_PATH")
-        table = build_training_csv(args.images, args.labels, args.output)
+            cli.require(labels / name, "file", flag="--labels", variable="TRAINML_DATA_PATH")
+        table = build_training_csv(images, labels, output)
     return 1 if table.attrs["internal_errors"] else 0
 
 

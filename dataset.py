@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from cli import IMAGE_SIDE, InputError, InternalError, progress, result_folders, warn
+from cli import IMAGE_SIDE, InputError, InternalError, progress, warn
 from dicom import load_and_prepare_image  # noqa: F401, the reader is expected here
-from folders import find_dicom_files
+from folders import find_dicom_files, result_paths
 from labels import read_labels
 from metrics import rescale_boxes
 from readers import INTERNAL_ERROR, read_images
@@ -37,15 +37,15 @@ def boxes_to_mask(boxes, original_size: tuple[int, int], side: int) -> np.ndarra
 
 
 class PneumoniaDataset(Dataset):
-    """Radiographs with masks, in network pixels; every file is decoded once, when it is made.
+    """Radiographs with masks, in network pixels; the constructor decodes every file once.
 
-    files {patient_id: path} and boxes {patient_id: (n, 4)} in original pixels; views {patient_id:
-    "AP" or "PA"} may lack some. The images lie as uint8 in a nameless temporary file that is mapped
-    into memory, so nothing of it is left when the run ends, however it ends. Unreadable files are
-    left out: `skipped` [(path, reason)]; `notes` [(path, remark)] tells of readable ones.
+    Takes files {patient_id: path}, boxes {patient_id: (n, 4)} in original pixels, and views
+    {patient_id: "AP" or "PA"}, which may lack some. The images are kept as uint8 in an unnamed,
+    memory-mapped temporary file, of which nothing is left however the run ends. Unreadable files
+    are in `skipped` [(path, reason)], remarks on readable ones in `notes` [(path, remark)].
 
     Raises InputError if more than MAX_UNREADABLE of the files cannot be read or the disk has no
-    room for the cache, InternalError if our own code is to blame.
+    room for the images, InternalError if a bug of ours is to blame.
     """
 
     def __init__(self, files: Mapping[str, Path], boxes: Mapping[str, np.ndarray], *,
@@ -67,8 +67,8 @@ class PneumoniaDataset(Dataset):
         self.images = np.frombuffer(self._map, np.uint8).reshape(-1, self.side, self.side)
 
     def __getstate__(self) -> dict:
-        """For another process of this machine: the images stay in the nameless file, which Linux
-        lets it open as long as this process keeps it."""
+        """For another process on this machine: Linux lets it open the unnamed file of the images as
+        long as this process holds it."""
         file = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
         return self.__dict__ | {"_file": file, "_map": None, "images": None}
 
@@ -96,20 +96,20 @@ class PneumoniaDataset(Dataset):
                        f"{MAX_UNREADABLE:.0%}; the first is {path}: {reason}")
 
     def _release(self):
-        """Hands the mapped pages back to the file cache, so that memory does not grow with N."""
+        """Gives the mapped pages back to the file cache, so memory stays small."""
         if hasattr(self._map, "madvise"):  # not on Windows
             self._map.madvise(mmap.MADV_DONTNEED)
 
     @property
     def internal_errors(self) -> int:
-        """How many images are left out through a fault of our own."""
+        """Number of images left out because of a bug of ours."""
         return sum(reason == INTERNAL_ERROR for _, reason in self.skipped)
 
     def __len__(self) -> int:
         return len(self.patient_ids)
 
     def __getitem__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A whole batch: images and masks uint8 (B, 1, S, S), in 0..255 and 0..1."""
+        """A whole batch: images in 0..255 and masks of 0 and 1, both uint8 (B, 1, S, S)."""
         images = torch.from_numpy(self.images[indices])[:, None]
         masks = [boxes_to_mask(self.boxes[i], self.original_sizes[i], self.side) for i in indices]
         self._release()
@@ -117,11 +117,11 @@ class PneumoniaDataset(Dataset):
 
 
 def _allocate(size):
-    """A nameless temporary file of `size` bytes."""
+    """An unnamed temporary file of `size` bytes."""
     file = tempfile.TemporaryFile()
     try:
         file.truncate(size)
-        if hasattr(os, "posix_fallocate"):  # takes the room at once; not on macOS and Windows
+        if hasattr(os, "posix_fallocate"):  # reserves the space now; not on macOS and Windows
             os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
         file.close()
@@ -133,7 +133,7 @@ def _allocate(size):
 
 
 class Labelled(NamedTuple):
-    """Radiographs that have a file and labels, by patient_id."""
+    """Radiographs that have both a file and labels, by patient_id."""
     files: dict[str, Path]
     boxes: dict[str, np.ndarray]  # (n, 4) in original pixels
     views: dict[str, str]  # "AP", "PA" or ""
@@ -141,13 +141,13 @@ class Labelled(NamedTuple):
 
 
 def find_labelled(data: Path, labels: Path, output: Path) -> Labelled:
-    """The images in folder `data` that the table `labels` names, apart from those in the results
-    of a run in `output`.
+    """The images in folder `data` that the table `labels` names, without the results of a run in
+    `output`.
 
     Raises InputError if there are too few to train on.
     """
     boxes, views = read_labels(labels)
-    found, skipped = find_dicom_files(data, result_folders(output, data))
+    found, skipped = find_dicom_files(data, result_paths(output, data))
     warn("files are left out", [f"{path} {reason}" for path, reason in skipped])
     warn("ids of the table have no image and are left out", sorted(boxes.keys() - found.keys()))
     files = {key: found[key] for key in boxes if key in found}
@@ -164,7 +164,7 @@ def find_labelled(data: Path, labels: Path, output: Path) -> Labelled:
 def load_parts(labelled: Labelled, parts: Mapping[str, list[str]], *, rescale_factor: int,
                workers: int) -> tuple[PneumoniaDataset, dict[str, list[int]]]:
     """Prepares the images of all parts {name: ids}; returns the data set and the indices of each
-    part, without the images that cannot be read."""
+    part, both without the images that cannot be read."""
     files = {key: labelled.files[key] for ids in parts.values() for key in ids}
     dataset = PneumoniaDataset(files, labelled.boxes, views=labelled.views,
                                rescale_factor=rescale_factor, workers=workers)
@@ -178,8 +178,8 @@ def load_parts(labelled: Labelled, parts: Mapping[str, list[str]], *, rescale_fa
 
 def split(opacities: Mapping[str, bool], *, seed: int, folds: int | None = None,
           fold: int | None = None, limits: Mapping[str, int] | None = None) -> dict[str, list[str]]:
-    """Ids {patient_id: has_opacity} of each part: "training", "validation" and, with folds,
-    "test"; `limits` may cut parts to so many ids."""
+    """Splits {patient_id: has_opacity} into the ids of each part: "training", "validation" and,
+    with folds, "test"; `limits` caps their numbers by random choice."""
     test = {}
     if folds:
         outside, inside = split_fold(opacities, folds=folds, fold=fold)
@@ -195,16 +195,17 @@ def split(opacities: Mapping[str, bool], *, seed: int, folds: int | None = None,
 def split_fold(patient_ids: Iterable[str], *, folds: int, fold: int) -> tuple[list[str], list[str]]:
     """Splits ids into those outside and those in a fold: MD5 of the id modulo `folds`.
 
-    Depends on each id alone, so a fold stays the same when other images come or go.
+    Depends on each id alone, so a fold stays the same when other images are added or removed.
     """
-    parts = [], []
+    outside, inside = [], []
     for patient_id in sorted(patient_ids):
         digest = hashlib.md5(patient_id.encode(), usedforsecurity=False).hexdigest()
-        parts[int(digest, 16) % folds == fold].append(patient_id)
-    return parts
+        part = inside if int(digest, 16) % folds == fold else outside
+        part.append(patient_id)
+    return outside, inside
 
 
-def split_patients(labels: Mapping[str, bool], *, seed: int) -> tuple[list[str], list[str]]:
+def split_patients(opacities: Mapping[str, bool], *, seed: int) -> tuple[list[str], list[str]]:
     """Splits {patient_id: has_opacity} at random into (training, validation) ids: of each class,
     VALIDATION_SHARE is held out.
 
@@ -214,7 +215,7 @@ def split_patients(labels: Mapping[str, bool], *, seed: int) -> tuple[list[str],
     rng = np.random.default_rng(seed)
     training, validation = [], []
     for has_opacity in (False, True):
-        ids = sorted(key for key, label in labels.items() if label == has_opacity)
+        ids = sorted(key for key, value in opacities.items() if value == has_opacity)
         ids = rng.permutation(ids).tolist()
         held_out = round(len(ids) * VALIDATION_SHARE)
         training += ids[held_out:]
@@ -223,11 +224,11 @@ def split_patients(labels: Mapping[str, bool], *, seed: int) -> tuple[list[str],
 
 
 class Augmentation:
-    """Another random warp and exposure for every image of a batch, the same warp for its mask.
+    """Warps and exposes each image of a batch at random; its mask gets the same warp.
 
-    Calls take images and masks, float (B, 1, S, S) in 0..1, on any device, and return the same; no
-    value of a mask is new. The draws come from the CPU generator given, so they do not depend on
-    the device.
+    Calls take and return images and masks, float (B, 1, S, S) in 0..1, on any device; masks are not
+    interpolated. All random numbers come from the given CPU generator, so they do not depend on the
+    device.
     """
     rotation = 8 * np.pi / 180  # radians
     scale, shift = 0.12, 0.08  # share of the image
@@ -253,7 +254,7 @@ class Augmentation:
         return (images**gamma * gain).clamp_(0, 1), masks
 
     def _nodes(self, count):
-        """Nodes (B, 2, 5, 5) of the sampling grid: turned, scaled, flipped, shifted, displaced."""
+        """Nodes (B, 2, 5, 5) of the sampling grid: rotated, scaled, flipped, shifted, displaced."""
         angle = self._uniform(count, self.rotation)
         scale = 1 + self._uniform(count, self.scale)
         flip = torch.randint(2, (count,), generator=self.generator) * 2 - 1

@@ -1,6 +1,6 @@
 """Reads the headers and the pixels of DICOM files, without PyTorch.
 
-PNG, JPEG and TIFF images are read here, too: what follows the decoder is the same.
+PNG, JPEG and TIFF images are read here, too: after decoding they are treated the same.
 """
 
 import io
@@ -21,11 +21,11 @@ from pydicom.uid import JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLosslessSV1
 from cli import IMAGE_SIDE
 from greyscale import displayed, note, read_cells, read_hints, unit_range
 
-# of one frame, about twice the largest radiographs; more is refused before it is allocated
+# in a frame, about twice the largest radiographs; more is refused before it is allocated
 MAX_PIXELS = 2**25
 TAGS = ["PatientSex", "PatientAge", "ViewPosition", "Rows", "Columns"]
 TAG_NUMBERS = [Tag(name) for name in TAGS]  # looked up once, not for every file
-IMAGE_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*")  # of PNG, JPEG and TIFF
+IMAGE_SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*")  # PNG, JPEG, TIFF (two)
 NOT_DICOM = "is not a DICOM file"
 
 
@@ -49,7 +49,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def reason_of(error: Exception) -> str:
-    """One plain line on why a file cannot be read, for whatever pydicom or a decoder raised."""
+    """One plain line on why a file cannot be read, for any error of pydicom or a decoder."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be opened: {error.strerror}"
@@ -64,7 +64,7 @@ def reason_of(error: Exception) -> str:
     if "all available plugins" in text:
         return ("holds pixels that no decoder can read: they are damaged, or not what the header "
                 "says")
-    # a message that names a tag or pixels is for people; others are about Python objects
+    # a message that names a tag or pixels makes sense to users; others are about Python objects
     about_file = re.search(r"\([0-9A-F]{4},[0-9A-F]{4}\)|pixel data|file position|image file", text)
     if about_file and not re.search(r"<|\\x|\bb'", text):
         return f"is damaged or of an unknown kind ({text:.150})"
@@ -77,7 +77,7 @@ class UnreadableImage(ValueError):
 
 @contextmanager
 def decoding_errors() -> Iterator[None]:
-    """Around calls into pydicom and its decoders: what they raise becomes UnreadableImage."""
+    """Turns whatever pydicom and its decoders raise inside the block into UnreadableImage."""
     try:
         with config.disable_value_validation():
             yield
@@ -89,7 +89,7 @@ def decoding_errors() -> Iterator[None]:
 
 class Radiograph(NamedTuple):
     """One file as the network sees it and as people do; air is dark in both."""
-    image: np.ndarray  # (S, S) with S = 1024 / rescale_factor, by its own range
+    image: np.ndarray  # (S, S), S = 1024 / rescale_factor; 0..1, as uint8 (readers.py) 0..255
     original_size: tuple[int, int]  # (height, width) in pixels
     display: np.ndarray | None = None  # uint8 (height, width) at the original's aspect
 
@@ -100,8 +100,8 @@ def load_and_prepare_image(
 
     Returns the image, float32 (S, S) with S = 1024 / rescale_factor, scaled to 0..1 by its own
     range (a constant image gives zeros) with air dark (MONOCHROME2), and its original size (height,
-    width) in pixels. Raises UnreadableImage with the reason; warns with ImageWarning where the
-    image is constant, colour became grey, or part of the file was left out or is in doubt.
+    width) in pixels. Raises UnreadableImage with the reason; warns with ImageWarning if the image
+    is constant, was in colour, or part of the file was ignored or is in doubt.
     """
     return read_radiograph(path, rescale_factor)[:2]
 
@@ -110,13 +110,13 @@ def read_radiograph(path: str | Path | io.BytesIO, rescale_factor: int = 4,
                     image_size: int | None = None) -> Radiograph:
     """Reads one DICOM, PNG, JPEG or TIFF file, whatever its name, or its content in memory.
 
-    As load_and_prepare_image, with the display, at most `image_size` pixels on its longest side, if
-    that is given; it does not change what the network sees.
+    Like load_and_prepare_image; with `image_size` it also returns the display, at most that many
+    pixels on its longest side, which does not change the network's image.
     """
     side = IMAGE_SIDE // rescale_factor
     with decoding_errors():
         start = _start(path)
-    is_image = start.startswith(IMAGE_STARTS) and start[128:] != b"DICM"
+    is_image = start.startswith(IMAGE_SIGNATURES) and start[128:] != b"DICM"
     try:
         if is_image:
             frame = shown = _read_image(path)
@@ -133,14 +133,14 @@ def read_radiograph(path: str | Path | io.BytesIO, rescale_factor: int = 4,
     return Radiograph(image, original_size, display)
 
 
-def fit(size: tuple[int, int], longest: int) -> tuple[int, int]:
-    """A size with its longest side cut to `longest` pixels at the same aspect."""
+def _shrink(size, longest):
+    """A size scaled down, at the same aspect, to at most `longest` pixels on its longest side."""
     scale = min(longest / max(size), 1)
     return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
 
 
 def _display(frame, image_size):
-    size = fit(frame.size, image_size)
+    size = _shrink(frame.size, image_size)
     if size != frame.size:
         frame = frame.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
     if frame.mode == "L":
@@ -161,13 +161,13 @@ def _read_dicom(path, side, image_size):
         return frame, frame, original_size
     shown = frame
     if image_size:
-        shown = _read_jpeg(dataset, header, fit(original_size[::-1], image_size))
+        shown = _read_jpeg(dataset, header, _shrink(original_size[::-1], image_size))
     return frame, shown, original_size
 
 
 def _read_image(path):
-    """First frame of a PNG, JPEG or TIFF file as a Pillow image `F` in 0..1, turned as its EXIF
-    data say, without alpha."""
+    """First frame of a PNG, JPEG or TIFF file as a Pillow image `F` in 0..1, rotated by its EXIF
+    orientation, without alpha."""
     with decoding_errors(), Image.open(path, formats=["PNG", "JPEG", "TIFF"]) as image:
         _check_size(*image.size)
         _note_frames(getattr(image, "n_frames", 1))
@@ -188,7 +188,7 @@ PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
 
 def _header_values(dataset):
-    """What decides how a file is read, as plain values by DICOM keyword, with its display hints."""
+    """What decides how a file is read, as plain values by keyword, with its display hints."""
     header = {name: int(dataset.get(name) or default) for name, default in INTEGERS.items()}
     photometric = "\\".join(map(str, np.ravel(dataset.get("PhotometricInterpretation") or "")))
     header["PhotometricInterpretation"] = photometric
@@ -201,14 +201,13 @@ def _header_values(dataset):
 
 
 def _check_header(header):
-    """Refuses what cannot be decoded, or should not be tried, by the header alone."""
-    columns, rows, frames = header["Columns"], header["Rows"], header["NumberOfFrames"]
+    """Refuses, by the header alone, what cannot be decoded or should not be tried."""
     if not header["has_pixels"]:
         raise UnreadableImage("has no pixel data")
-    _check_size(columns, rows)
+    _check_size(header["Columns"], header["Rows"])
     if not header["syntax"]:
         raise UnreadableImage("does not say how its pixels are encoded: it has no transfer syntax")
-    _note_frames(frames)
+    _note_frames(header["NumberOfFrames"])
 
 
 def _check_size(columns, rows):
@@ -223,11 +222,11 @@ def _note_frames(frames):
 
 
 def _read_jpeg(dataset, header, size):
-    """First frame of the challenge's own kind of file as a Pillow image `L` with air dark.
+    """First frame of a plain JPEG file, the challenge's kind, as a Pillow image `L`, air dark.
 
-    None if Pillow does not know the stream, as with 12 bits under the name of 8. Decodes at 1/2,
-    1/4 or 1/8 of the size while that is not below `size`: on average 0.07 of 255 grey levels from
-    decoding in full and averaging blocks, at two thirds of the time.
+    None if Pillow cannot decode the stream, such as 12 bits declared as 8. Decodes at 1/2, 1/4 or
+    1/8 of the full size, but not below `size`: this takes two thirds of the time of decoding in
+    full and averaging blocks, and differs from it by 0.07 of 255 grey levels on average.
     """
     declared = header["Columns"], header["Rows"]
     with decoding_errors():
@@ -248,7 +247,7 @@ def _read_jpeg(dataset, header, size):
 def _read_pixels(dataset, header):
     """First frame of any other file as a Pillow image `F` in 0..1 with air dark, in full size."""
     with decoding_errors():
-        header |= read_cells(dataset)
+        header = header | read_cells(dataset)
         pixels = _decode(dataset, header)
     if pixels.ndim == 3:
         pixels = _luminance(pixels)
@@ -271,7 +270,7 @@ def _luminance(pixels):
 def _decode(dataset, header):
     """Pixels of the first frame, (height, width[, samples]); those of a grey one as stored."""
     if header["syntax"] == JPEGExtended12Bit and header["BitsStored"] > 8:
-        # pydicom refuses 12 bits by this name, but GDCM goes by the stream alone and decodes them
+        # pydicom refuses 12 bits in this syntax, but GDCM looks only at the stream and decodes them
         dataset.file_meta.TransferSyntaxUID = JPEGLosslessSV1
     pixels = pixel_array(dataset, index=0, correct_unused_bits=not header["is_grey"])
     is_palette = header["PhotometricInterpretation"] == "PALETTE COLOR"

@@ -1,5 +1,5 @@
-"""The one picture of a radiograph with what was found in it and what is true, for all scripts, the
-report and the notebooks."""
+"""Draws a radiograph with its mask, predicted and true boxes, for all scripts, the report and the
+notebooks."""
 
 import errno
 import io
@@ -22,13 +22,13 @@ from dicom import Radiograph
 from metrics import Thresholds, find_boxes, rescale_boxes
 
 IMAGE_SIZE = 1024  # pixels of the longest side, unless said otherwise
-LEGIBLE, NARROWEST = 400, 48  # pixels; the least of the longest and of the shortest side
+LEGIBLE, NARROWEST = 400, 48  # pixels; minimum of the longest and of the shortest side
 GREYS, TRUTH, PREDICTION, OUTLINE = 252, 252, 253, 254  # palette: 252 greys, then the lines
 COLOURS = (86, 180, 233), (240, 228, 66), (230, 159, 0)  # RGB; told apart without colour vision
 HEAT, HEAT_OPACITIES = (255, 80, 0), (0, 0.12, 0.24, 0.36)  # for each quarter of probability
 STYLES = {  # (colour, dashed) by name in the legend, in the order of drawing
     "mask": (OUTLINE, False), "truth": (TRUTH, False), "prediction": (PREDICTION, True)}
-WAITING = 32  # pictures that wait to be drawn; more would fill the memory
+WAITING = 32  # pictures that may wait to be drawn; more would fill the memory
 NAME_ERRORS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EILSEQ,
                errno.EINVAL}
 
@@ -47,7 +47,7 @@ class Overlay(NamedTuple):
 
 def make_overlay(patient_id: str, radiograph: Radiograph, mask: np.ndarray,
                  thresholds: Thresholds, truth: np.ndarray | None = None) -> Overlay:
-    """The boxes of a mask (S, S), with the radiograph's display or, if it has none, its image."""
+    """The Overlay of a mask (S, S) on the radiograph's display or, if it has none, its image."""
     image = radiograph.image if radiograph.display is None else radiograph.display
     boxes, confidences = find_boxes(mask, radiograph.original_size, thresholds)
     return Overlay(patient_id, image, mask, boxes, confidences, radiograph.original_size, truth,
@@ -55,11 +55,11 @@ def make_overlay(patient_id: str, radiograph: Radiograph, mask: np.ndarray,
 
 
 def draw_overlay(overlay: Overlay, *, heat: bool = False, legend: bool = True) -> Image.Image:
-    """The radiograph with true boxes (solid), predicted ones (dashed) and the outline of the mask
-    at the box threshold; below it a `legend` of what is drawn, the id and the thresholds.
+    """Draws the radiograph with true boxes (solid), predicted ones (dashed) and the outline of the
+    mask at the box threshold; below it a `legend` of what is drawn, the id and the thresholds.
 
-    Mode "P", as large as `image` or as LEGIBLE, at the original's aspect. `heat` tints the image by
-    its mask.
+    Returns mode "P", as large as `image`, but at least LEGIBLE, at the original's aspect. `heat`
+    tints the image by its mask.
     """
     levels = len(HEAT_OPACITIES) if heat else 1
     picture = _shade(overlay, levels)
@@ -82,7 +82,7 @@ def draw_overlay(overlay: Overlay, *, heat: bool = False, legend: bool = True) -
 
 
 def _shade(overlay, levels):
-    """The image as numbers of the palette, which has a range of greys for each level of heat."""
+    """The image as indices into the palette, which has a range of greys for each level of heat."""
     height, width = overlay.original_size
     scale = max(*overlay.image.shape, LEGIBLE) / max(height, width)
     size = max(round(width * scale), NARROWEST), max(round(height * scale), NARROWEST)
@@ -104,7 +104,7 @@ def _palette(levels):
 
 
 def _outlines(overlay, size):
-    """Lines (n, 2) of x, y around the mask at the box threshold, if it has boxes."""
+    """Lines (n, 2) of x, y around the mask at the box threshold; none if no boxes were found."""
     if not len(overlay.boxes):
         return []
     scale = np.divide(size, overlay.mask.shape[::-1])
@@ -119,7 +119,7 @@ def _rectangles(boxes, original_size, size):
 
 
 def _trace(picture, points, colour, dashed):
-    """Draws a thin line through points (n, 2), on a black one that shows it on bright ground."""
+    """Draws a thin line through points (n, 2), edged in black to stand out on bright pixels."""
     draw, pen = ImageDraw.Draw(picture), max(round(max(picture.size) / 512), 2)
     points = np.clip(points, 0, np.subtract(picture.size, 1))
     draw.line(points.ravel().tolist(), 0, pen + 2)
@@ -135,7 +135,7 @@ def _dashes(points, length):
 
 
 def _label(picture, corner, text, white):
-    """Draws white text on black above a corner, or below where there is no room."""
+    """Draws white text on black above a corner, or at the top where there is no room."""
     draw, font = ImageDraw.Draw(picture), _font(picture.width)
     width, height = font.getlength(text) + 6, font.size + 4
     x = np.clip(corner[0], 0, max(picture.width - width, 0))
@@ -169,7 +169,7 @@ def _footer(overlay, width, drawn, levels):
 
 
 def _sample(strip, x, y, width, name, levels):
-    """Draws what a name of the legend stands for, `width` pixels from x on about the height y."""
+    """Draws what a name in the legend stands for, `width` pixels wide from x, centred on y."""
     if name in STYLES:
         _trace(strip, np.array([[x, y], [x + width, y]]), *STYLES[name])
         return
@@ -179,7 +179,7 @@ def _sample(strip, x, y, width, name, levels):
 
 
 def _caption(overlay, font, width):
-    """Lines of text that fit into so many pixels."""
+    """The id and the thresholds as lines of text that fit into `width` pixels."""
     is_empty = overlay.thresholds and not len(overlay.boxes)
     texts = [", ".join(filter(None, [overlay.patient_id, "no opacity found" if is_empty else ""])),
              str(overlay.thresholds or "")]
@@ -198,7 +198,7 @@ def encode_png(picture: Image.Image) -> bytes:
 
 
 def save_overlay(folder: Path, overlay: Overlay, *, heat: bool = False) -> None:
-    """Writes `folder`/<patient_id>.png; a name that the disk does not take is printed."""
+    """Writes `folder`/<patient_id>.png; prints a warning if the disk refuses the name."""
     content = encode_png(draw_overlay(overlay, heat=heat))
     # UTF-8 whatever the locale
     path = folder / os.fsdecode(f"{overlay.patient_id}.png".encode())
@@ -214,8 +214,8 @@ def save_overlay(folder: Path, overlay: Overlay, *, heat: bool = False) -> None:
 
 @contextmanager
 def picture_writer(folder: Path | None, *, heat: bool = False) -> Iterator[Callable]:
-    """Gives a function that has the picture of an overlay written by threads, which have ended when
-    the block ends; without a folder it does nothing."""
+    """Yields a function that lets threads draw and write the picture of an overlay; when the block
+    ends, all are written. Without a folder the function does nothing."""
     waiting = deque()
 
     def write(overlay: Overlay) -> None:

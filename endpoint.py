@@ -30,14 +30,14 @@ from model import choose_runtime, load_checkpoint
 from readers import INTERNAL_ERROR, ReaderPool, read_image
 
 MAX_BODY = 48 * 2**20  # bytes; 4280 x 3520 pixels of 16 bits take 40 MB as base64
-MAX_REQUESTS = 16  # at once, those that wait included
-UPLOAD_SECONDS = 60  # until a body must have arrived
+MAX_REQUESTS = 16  # at once, waiting ones included
+UPLOAD_SECONDS = 60  # within which a body must arrive
 READERS = 4
 JSON, FORM = "application/json", "multipart/form-data"
 
 
 def get_prediction(pId: str, dicom: str) -> dict[str, dict[str, str]]:
-    """Answers for one file, given as base64 text, in the form of trainML's endpoints:
+    """Answers one file, given as base64 text, in the form of trainML's endpoints:
     {pId: {"annotations": "confidence x y width height ...", "image": base64 of a PNG}}.
 
     Boxes are in original pixels. Raises ValueError with the reason if there is no answer.
@@ -62,14 +62,15 @@ def _load_network():
 
 
 class Network:
-    """A trained network, and readers that take requests apart for it; any thread may use it."""
+    """A trained network, and readers that parse requests for it; any thread may use it."""
 
     def __init__(self, checkpoint: Path):
         self.readers = ReaderPool(read_request, READERS)  # forked before PyTorch starts threads
         self.runtime = choose_runtime("auto", "auto")
         self.model, state = load_checkpoint(checkpoint, self.runtime.device)
         self.rescale_factor = state.get("rescale_factor") or 4
-        self.thresholds, self.running = Thresholds.of_checkpoint(state), Lock()
+        self.thresholds = Thresholds.of_checkpoint(state)
+        self.lock = Lock()  # one image at a time
 
     def predict(self, content_type: str, body: bytes) -> dict[str, dict[str, str]]:
         """The answer to a request, as get_prediction gives it."""
@@ -80,7 +81,7 @@ class Network:
             raise ValueError(reading.problem)
         patient_id, radiograph = reading.value
         image = torch.from_numpy(radiograph.image[None, None])
-        with self.running:
+        with self.lock:
             [mask] = self.runtime.predict_masks(self.model, image)
         overlay = make_overlay(patient_id, radiograph, mask, self.thresholds)
         picture = base64.b64encode(encode_png(draw_overlay(overlay))).decode()
@@ -88,11 +89,11 @@ class Network:
         return {patient_id: {"annotations": annotations, "image": picture}}
 
 
-# What a stranger sent is taken apart in a reader
+# Parsing, in a reader: anybody may send anything
 
 
 def read_request(request: tuple[str, bytes, int]) -> tuple[str, Radiograph]:
-    """The id and the radiograph of a request: a content type, a body and a rescale factor. Raises
+    """The id and the radiograph in a request (content type, body, rescale factor). Raises
     UnreadableImage with the reason."""
     content_type, body, rescale_factor = request
     is_json = content_type.lower().startswith(JSON)
@@ -107,7 +108,7 @@ def read_request(request: tuple[str, bytes, int]) -> tuple[str, Radiograph]:
 
 
 def _read_json(body):
-    # pairs, because a dictionary would hide a key that is given twice
+    # sorted pairs, since a dictionary would hide a key that is given twice
     [(first, text), (second, patient_id)] = json.loads(body, object_pairs_hook=sorted)
     if (first, second) != ("dicom", "pId") or not isinstance(patient_id, str):
         raise ValueError
@@ -129,7 +130,7 @@ def _read_form(content_type, body):
 
 
 def build_app() -> "FastAPI":  # noqa: F821, imported inside
-    """POST /predict, GET /health and the page; a refusal is {"detail": reason}, its status 4xx."""
+    """POST /predict, GET /health and the page; refusals are {"detail": reason}, 4xx or 5xx."""
     from fastapi import FastAPI, HTTPException, Request, responses
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     places = asyncio.Semaphore(MAX_REQUESTS)
@@ -160,7 +161,7 @@ def build_app() -> "FastAPI":  # noqa: F821, imported inside
         if not content_type.lower().startswith((JSON, FORM)):
             raise HTTPException(415, f"is neither {JSON} nor {FORM}")
         if places.locked():
-            raise HTTPException(503, "comes while all places are taken", {"Retry-After": "1"})
+            raise HTTPException(503, "arrived while all places were taken", {"Retry-After": "1"})
         async with places:
             try:
                 body = await asyncio.wait_for(receive(request), UPLOAD_SECONDS)
@@ -186,7 +187,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     try:
-        import python_multipart  # noqa: F401, the readers import it on use
+        import python_multipart  # noqa: F401, imported in the readers
         import uvicorn
         app = build_app()
     except ImportError as error:

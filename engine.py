@@ -1,6 +1,6 @@
 """Passes of a network over a data set: one epoch of training, one evaluation, and what is drawn.
 
-The processes of a run (parallel.py) share each pass.
+The processes of a run (parallel.py) share the first two; what is drawn is left to one of them.
 """
 
 import math
@@ -19,12 +19,12 @@ import parallel
 from dataset import Augmentation, PneumoniaDataset
 from dicom import Radiograph
 from drawing import IMAGE_SIZE, Overlay, make_overlay
-from metrics import Evaluation, Thresholds, score_mask
+from metrics import Evaluation, Thresholds, image_confidence, score_mask
 from model import PneumoniaUNET, Runtime
 from readers import Reading, read_images
 
-CHECK_STEPS = 20  # between looks at the loss, each of which waits for the GPU
-DRAWN_TOGETHER = 16  # images in a batch whose masks are drawn
+CHECK_STEPS = 20  # between checks of the loss, each of which waits for the GPU
+DRAWN_TOGETHER = 16  # images in a batch of overlays
 
 
 class Training(NamedTuple):
@@ -35,7 +35,7 @@ class Training(NamedTuple):
     scaler: torch.amp.GradScaler
     augmentation: Augmentation
     runtime: Runtime
-    network: nn.Module  # the model, or what wraps it in a run of several processes
+    network: nn.Module  # the model, wrapped in a run of several processes
 
 
 def combined_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
@@ -48,8 +48,9 @@ def combined_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 
 def train_one_epoch(training: Training, loader: DataLoader,
                     log: Callable[[int, list[float], float], None]) -> float:
-    """One pass over the loader; calls log(last step, losses, learning rate) every CHECK_STEPS
-    steps, which are counted over all epochs. Returns the mean loss."""
+    """One pass over the loader; returns the mean loss. Calls log(last step, losses, learning rate)
+    every CHECK_STEPS steps; its step counts over all epochs. Raises InputError like check_losses.
+    """
     model, optimizer, scheduler, scaler, augmentation, runtime, network = training
     model.train()
     pending, total = [], 0.0
@@ -75,14 +76,15 @@ def train_one_epoch(training: Training, loader: DataLoader,
             check_losses(losses, step, epoch, scheduler.get_last_lr()[0])
             batches.set_postfix_str(f"step {step}, loss {losses[-1]:.4f}", refresh=False)
             log(scheduler.last_epoch, losses, scheduler.get_last_lr()[0])
-            total, pending = total + sum(losses), []
+            total += sum(losses)
+            pending.clear()
     parallel.share_statistics(model, runtime)
     return total / len(loader)
 
 
 def check_losses(losses: Sequence[float], last_step: int, epoch: int,
                  learning_rate: float) -> None:
-    """Raises InputError for a loss that is not finite, of the steps up to `last_step`."""
+    """Raises InputError if one of the losses of the steps up to `last_step` is not finite."""
     for step, loss in enumerate(losses, last_step - len(losses) + 1):
         if not math.isfinite(loss):
             raise cli.InputError(
@@ -94,8 +96,8 @@ def check_losses(losses: Sequence[float], last_step: int, epoch: int,
 def evaluate(model: nn.Module, dataset: PneumoniaDataset, indices: Sequence[int],
              runtime: Runtime, box_thresholds: Sequence[float], *,
              batch_size: int = 8) -> Evaluation:
-    """One pass over images of the data set, scored at box thresholds as predict.py finds boxes.
-    Processes share the batches, and each returns the whole.
+    """One pass over images of the data set, with boxes found as in predict.py and scored at each
+    box threshold. Processes share the batches; each returns the whole Evaluation.
 
     Raises InputError if the loss is not finite.
     """
@@ -113,7 +115,7 @@ def evaluate(model: nn.Module, dataset: PneumoniaDataset, indices: Sequence[int]
         losses += [loss] * len(batch)
         for index, mask in zip(batch.tolist(), logits.sigmoid()[:, 0].cpu().numpy()):
             size, boxes = dataset.original_sizes[index], dataset.boxes[index]
-            confidences.append(float(mask.max()))
+            confidences.append(image_confidence(mask))
             scores.append(score_mask(mask, size, boxes, box_thresholds))
     rows = parallel.gather(list(zip(losses, confidences, scores)), runtime)
     losses, confidences, scores = zip(*rows)
@@ -126,8 +128,8 @@ def evaluate(model: nn.Module, dataset: PneumoniaDataset, indices: Sequence[int]
 def overlays(model: nn.Module, dataset: PneumoniaDataset, indices: Sequence[int],
              runtime: Runtime, thresholds: Thresholds, *, image_size: int | None = IMAGE_SIZE,
              workers: int = 1) -> Iterator[Overlay]:
-    """Yields what is drawn, truth included, of images of a data set, whose files are read once more
-    for display at `image_size` pixels, if that is not None."""
+    """Yields an Overlay, with the truth, for images of a data set. Their files are read again for
+    display at `image_size` pixels; if that is None, the overlay shows the network's image."""
     model.eval()
     readings = repeat(Reading())
     if image_size:
@@ -137,7 +139,7 @@ def overlays(model: nn.Module, dataset: PneumoniaDataset, indices: Sequence[int]
         images, _ = dataset[batch]
         masks = runtime.predict_masks(model, images)
         for index, image, mask, reading in zip(batch, images[:, 0].numpy(), masks, readings):
-            # without an image size, or if the file is gone by now
+            # no reading without an image size, or if the file is gone by now
             radiograph = reading.value or Radiograph(image, dataset.original_sizes[index])
             yield make_overlay(dataset.patient_ids[index], radiograph, mask, thresholds,
                                dataset.boxes[index])

@@ -1,4 +1,4 @@
-"""Finds the files of radiographs in folders, and gives each its patient_id."""
+"""Finds the files of radiographs in folders and gives each its patient_id."""
 
 import json
 import os
@@ -13,14 +13,15 @@ from dicom import NOT_DICOM, is_dicom, reason_of
 # layout of the challenge; the marker is sample_data.py's
 TRAIN_IMAGES, TEST_IMAGES = "stage_2_train_images", "stage_2_test_images"
 MARKER = "synthetic.json"
-DICOM_SUFFIXES = {"", ".dcm", ".dicom", ".dic", ".ima"}  # and numbers; any other is looked into
+DICOM_SUFFIXES = {"", ".dcm", ".dicom", ".dic", ".ima"}  # and numbers; other files are opened
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
+RESULTS = ("images", "validation", "logs", "curves.png", "scores.png")  # of a run, not its input
 
 
 def patient_id_of(path: Path, folder: Path | None = None) -> str:
     """The file's stem, or its path below `folder` without suffix.
 
-    A trailing `.123` is part of a UID, not a suffix; bytes that are not UTF-8 become escapes.
+    A trailing `.123` is part of a UID, not a suffix; bytes that are not UTF-8 are escaped.
     """
     name = path.relative_to(folder).as_posix() if folder else path.name
     stem, suffix = os.path.splitext(name)
@@ -31,14 +32,22 @@ def _text(name):
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
+def result_paths(output: Path, data: Path) -> list[Path]:
+    """What a search of `data` must skip: `output` if it lies inside, else the RESULTS in it."""
+    output = output.resolve()
+    if data.resolve() in output.parents:
+        return [output]
+    return [output / name for name in RESULTS]
+
+
 def find_dicom_files(
         folder: Path, leave_out: Iterable[Path] = (),
 ) -> tuple[dict[str, Path], list[tuple[Path, str]]]:
     """Searches `folder`, its sub-folders and linked folders, except hidden ones and `leave_out`.
 
-    Returns files {patient_id: Path} and skipped [(Path, reason)]. Where stems collide, the ids of
-    all of them are their paths below `folder`, which is printed. Only there, and where the suffix
-    is another kind's, are files opened.
+    Returns files {patient_id: Path} and skipped [(Path, reason)]. Files with the same stem get
+    their paths below `folder` as ids, which is printed. Only these files, and those with another
+    kind's suffix, are opened.
     """
     found, skipped = _search(folder, leave_out)
     return name_files(found, folder), skipped
@@ -62,11 +71,11 @@ def _search(folder, leave_out):
 def find_radiographs(
         sources: Sequence[Path], leave_out: Iterable[Path] = (),
 ) -> tuple[dict[str, Path], list[tuple[Path, str]]]:
-    """Takes every file of `sources` and searches its folders.
+    """Takes the files among `sources` and searches the folders.
 
-    Returns what find_dicom_files does. A folder without DICOM files is searched for PNG, JPEG and
-    TIFF images; in one with any, these are counted, which is printed, and not read: they are
-    copies, masks or documents. Raises InputError as refuse_mixture does.
+    Returns what find_dicom_files does. PNG, JPEG and TIFF images in a folder are taken only if it
+    holds no DICOM files; otherwise they are copies, masks or documents, and their number is
+    printed. Raises InputError as refuse_mixture does.
     """
     found, skipped = [], []
     for source in sources:
@@ -86,22 +95,22 @@ def find_radiographs(
 
 def _search_radiographs(folder, leave_out):
     found, skipped = _search(folder, leave_out)
-    images = [path for path, reason in skipped
-              if reason == NOT_DICOM and path.suffix.lower() in IMAGE_SUFFIXES]
-    if images:
-        skipped = [item for item in skipped if item[0].suffix.lower() not in IMAGE_SUFFIXES
-                   or item[1] != NOT_DICOM]
-        if any(is_dicom(path) for path in found):
-            print(f"{len(images)} PNG, JPEG or TIFF files are not read, because {folder} holds "
-                  "DICOM files")
+    images, others = [], []
+    for path, reason in skipped:
+        if reason == NOT_DICOM and path.suffix.lower() in IMAGE_SUFFIXES:
+            images.append(path)
         else:
-            found += images
-    return found, skipped
+            others.append((path, reason))
+    if images and any(is_dicom(path) for path in found):
+        print(f"{len(images)} PNG, JPEG or TIFF files are not read, because {folder} holds "
+              "DICOM files")
+        return found, others
+    return found + images, others
 
 
 def name_files(paths: Iterable[Path], folder: Path) -> dict[str, Path]:
-    """{patient_id: path}: the stem or, where stems collide, which is printed, the path below
-    `folder`."""
+    """Maps patient_id to path: the id is the stem or, if several paths share it, which is printed,
+    the path below `folder`."""
     files, stems, alike = {}, defaultdict(list), []
     for path in dict.fromkeys(paths):
         stems[patient_id_of(path)].append(path)
@@ -123,7 +132,7 @@ def name_files(paths: Iterable[Path], folder: Path) -> dict[str, Path]:
 
 
 def refuse_mixture(folder: Path, files: Collection) -> None:
-    """Raises InputError if sample_data.py made the folder, but not all of its files."""
+    """Raises InputError if sample_data.py made the folder but not all of its files."""
     marker = Path(folder).parent / MARKER
     if not marker.exists():
         return
@@ -136,7 +145,7 @@ def refuse_mixture(folder: Path, files: Collection) -> None:
 
 
 def _walk(folder, leave_out, skipped):
-    """Yields the paths of files, and searches each real folder once."""
+    """Yields paths of files, searching each real folder once; adds unusable ones to `skipped`."""
     def unreadable(error: OSError) -> None:
         skipped.append((Path(error.filename), error.strerror))
 

@@ -2,8 +2,8 @@
 
     stored bits -> padding aside -> modality -> values of interest -> 0..1 with air dark
 
-A hint of the header that cannot be used is left out with an ImageWarning. `header` holds plain
-values by their DICOM keywords: PhotometricInterpretation, read_cells() and read_hints().
+A display hint that cannot be used is ignored with an ImageWarning. `header` maps keywords to plain
+values: DICOM's PhotometricInterpretation, and what read_cells() and read_hints() return.
 """
 
 import warnings
@@ -16,7 +16,7 @@ class ImageWarning(UserWarning):
 
 
 def note(text: str) -> None:
-    """Warns with ImageWarning; `text` goes on after the name of the file."""
+    """Warns with ImageWarning; `text` completes a sentence that starts with the file's name."""
     warnings.warn(text, ImageWarning, stacklevel=2)
 
 
@@ -75,14 +75,14 @@ def read_hints(dataset) -> dict:
 
 
 def read_cells(dataset) -> dict:
-    """Where values lie in the cells of a pydicom dataset, and whether overlays lie there too."""
+    """How the pixel cells of a pydicom dataset hold values, and whether they hold overlays too."""
     bits = {name: int(dataset.get(name) or 0) for name in ("BitsStored", "HighBit")}
     positions = [_number(dataset, (group, 0x0102)) for group in range(0x6000, 0x6020, 2)]
     return bits | {"has_overlay": any(position > 0 for position in positions)}
 
 
 def displayed(cells: np.ndarray, header: dict) -> np.ndarray:
-    """Grey values of a frame's cells (height, width), any scale, air dark; padding is NaN."""
+    """Grey values of a frame's cells (height, width) on any scale, air dark; padding is NaN."""
     values = stored_values(cells, header)
     shown = _without_padding(values, header)
     visible = values[shown]
@@ -100,7 +100,7 @@ def displayed(cells: np.ndarray, header: dict) -> np.ndarray:
 def stored_values(cells: np.ndarray, header: dict) -> np.ndarray:
     """The Bits Stored bits up to High Bit of each cell (PS3.5 8.1.1), in the type of the cells.
 
-    Bits above them are masked where overlays lie; else values that reach into them are used whole.
+    Bits above them are masked if they hold overlays; otherwise values that use them are kept whole.
     """
     width, bits, has_overlay = 8 * cells.itemsize, header["BitsStored"], header["has_overlay"]
     if cells.dtype.kind == "f" or not 0 < bits < width:
@@ -146,7 +146,7 @@ def _varies(values):
 
 
 def _transform(values, stage, header):
-    """Values after the first transform of a stage that is there and leaves them different."""
+    """Applies the first transform of a stage that the header has and that keeps values apart."""
     for hint, function, keywords in stage:
         given = [header.get(keyword, np.nan) for keyword in keywords]
         if any(keyword in header for keyword in keywords) and _varies(values):
@@ -174,7 +174,7 @@ def _rescale(values, slope, intercept, header):
 
 
 def _window(values, center, width, header):
-    """PS3.3 C.11.2.1.2 and C.11.2.1.3 up to the scale; NaN for a width that is not allowed."""
+    """PS3.3 C.11.2.1.2 and C.11.2.1.3 up to scale and offset; NaN for a width not allowed."""
     function = header.get("VOILUTFunction", "LINEAR")
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
         _leave_out("VOI LUT Function")
@@ -189,7 +189,7 @@ def _window(values, center, width, header):
     return np.tanh(2 * distance) if function == "SIGMOID" else np.clip(distance, -0.5, 0.5)
 
 
-STAGES = (  # PS3.3 C.11.1 and C.11.2: (name in notes, function, keywords of what it takes)
+STAGES = (  # PS3.3 C.11.1 and C.11.2: (name in notes, function, keywords of its arguments)
     (("Modality LUT", _look_up, ("ModalityLUTSequence",)),
      ("Rescale Slope and Intercept", _rescale, ("RescaleSlope", "RescaleIntercept"))),
     (("VOI LUT", _look_up, ("VOILUTSequence",)),
@@ -198,9 +198,9 @@ STAGES = (  # PS3.3 C.11.1 and C.11.2: (name in notes, function, keywords of wha
 
 
 def unit_range(pixels: np.ndarray) -> np.ndarray:
-    """Scales to 0..1 float32 by the finite values' own range; zeros if they are all the same.
+    """Scales to 0..1 float32 by the range of the finite values; zeros if they are all the same.
 
-    What is not finite, or too large for differences in float32, becomes 0.
+    Values that are not finite, or whose differences would overflow float32, become 0.
     """
     pixels = pixels.astype(np.result_type(pixels.dtype, np.float32))
     finite = np.abs(pixels) < 1e38

@@ -10,19 +10,18 @@ import pandas as pd
 from cli import InputError, warn
 
 BOX_COLUMNS = ["x", "y", "width", "height"]
-SMALLEST_BOX = 2  # pixels a side; if all boxes are below, they are shares of the image
-OTHER_KINDS = {  # how a file named .csv starts that is not one
+SMALLEST_BOX = 2  # pixels a side; if all are smaller, they must be shares of the image
+OTHER_KINDS = {  # how files named .csv start that are something else
     rb"PK\x03\x04": "a zip archive or an Excel workbook", rb"\x1f\x8b": "a gzip file",
     rb"\xff\xfe|\xfe\xff|[^\0]{0,99}\0": "UTF-16 text",
 }
 
 
 def _read_cells(path):
-    """All cells of a CSV file as stripped text, those of the first line included; the index holds
-    the line numbers, and lines without any content are left out.
+    """All cells of a CSV file as stripped text, its header included; the index holds the line
+    numbers. Empty lines are dropped and trailing commas ignored.
 
-    Raises InputError for a file that is not text in UTF-8, and for a row longer than the first one;
-    commas at a row's end add no fields to it.
+    Raises InputError for a file that is not text in UTF-8 and for a row longer than the first one.
     """
     try:
         content = Path(path).read_bytes()
@@ -41,18 +40,18 @@ def _read_cells(path):
 
 
 def read_table(path: Path, columns: list[str], optional: tuple[str, ...] = ()) -> pd.DataFrame:
-    """Reads a CSV with at least `columns`; the index holds the line numbers.
+    """Reads `columns` of a CSV, all required, and `optional` ones, empty where the file has none;
+    the index holds the line numbers.
 
-    A column of `optional` that is not there comes empty. Text columns come stripped; x, y, width,
-    height and Target as numbers. A byte order mark or Windows line ends may be there. Raises
-    InputError naming the file, and line and value where one is wrong.
+    Text is stripped; x, y, width, height and Target are numbers, NaN where empty. A byte order mark
+    and Windows line ends are accepted. Raises InputError naming the file, and the line and value of
+    a wrong cell.
     """
     cells = _read_cells(path)
     table = cells[1:].set_axis(cells.iloc[0], axis="columns").rename_axis(columns=None)
     missing = [column for column in columns if column not in table]
     if missing:
-        raise InputError(
-            f"{path} has no column {', '.join(missing)}: it has {', '.join(table)}")
+        raise InputError(f"{path} has no column {', '.join(missing)}: it has {', '.join(table)}")
     if table.empty:
         raise InputError(f"{path} has no rows: give a complete table")
     table = table.loc[:, ~table.columns.duplicated()]

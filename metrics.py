@@ -13,35 +13,33 @@ from skimage import measure
 
 # https://www.kaggle.com/c/rsna-pneumonia-detection-challenge/overview/evaluation
 IOU_THRESHOLDS = (0.40, 0.45, 0.50, 0.55, 0.60, 0.65, 0.70, 0.75)
-# share of the image that a box covers at least; 99 % of the challenge's are above 9,624 / 1024**2
+# smallest region, as a share of the image; 99 % of the challenge's boxes exceed 9,624 / 1024**2
 MIN_AREA = 5000 / 1024**2
-TYPICAL_SIDES = (217 / 1024, 298 / 1024)  # median width and height there, in shares of the image
+TYPICAL_SIDES = (217 / 1024, 298 / 1024)  # the challenge's median width and height, as shares
 BOX_THRESHOLDS = np.arange(1, 60) / 60  # what the search tries
 GATE_THRESHOLDS = np.arange(20) / 20
-BOOTSTRAPS = 200  # samples of the images that a standard error is computed from
-PROOF = 2  # standard errors that are taken off the gain of other thresholds than the defaults
+BOOTSTRAPS = 200  # samples of the images for a standard error
+PROOF = 2  # standard errors by which new thresholds must beat the given ones
 
 
 class Thresholds(NamedTuple):
-    """How a mask becomes boxes: above which probability a pixel belongs to a box, below which
-    highest probability the image has none, and the weight of regress_sides."""
-    box: float = 0.5
-    gate: float = 0.8
-    source: str = "defaults"
-    size_weight: float = 0.8
+    """How a mask becomes boxes."""
+    box: float = 0.5  # a pixel above this probability belongs to a box
+    gate: float = 0.8  # an image whose highest probability is below has no boxes
+    source: str = "defaults"  # where the thresholds come from, in words
+    size_weight: float = 0.8  # of regress_sides
 
     def __str__(self):
         return f"box threshold {self.box:.2f}, gate threshold {self.gate:.2f} ({self.source})"
 
     def stored(self) -> dict[str, Any]:
-        """Under their names in checkpoints and metrics.json."""
+        """The values by their names in checkpoints and metrics.json."""
         return {"best_threshold": self.box, "gate_threshold": self.gate,
                 "threshold_source": self.source, "size_weight": self.size_weight}
 
     @classmethod
     def of_checkpoint(cls, checkpoint: dict[str, Any]) -> "Thresholds":
-        """Those stored in a checkpoint; earlier files lack some, or hold None for a failed
-        search."""
+        """The values in a checkpoint; older files lack some, or hold None for a failed search."""
         box = checkpoint.get("best_threshold")
         return cls(box=cls().box if box is None else float(box),
                    gate=float(checkpoint.get("gate_threshold") or 0),
@@ -73,9 +71,8 @@ def parse_boxes(mask: np.ndarray, threshold: float,
                 min_area: float = 0) -> tuple[np.ndarray, np.ndarray]:
     """Boxes around the connected regions (8 neighbours) of a mask of probabilities (H, W).
 
-    Regions are what exceeds `threshold` in at least `min_area` pixels. Returns boxes (n, 4) in
-    pixels of the mask and confidences (n,), the mean probability of each region, in descending
-    order of confidence.
+    A region has at least `min_area` pixels above `threshold`. Returns boxes (n, 4) in pixels of the
+    mask and confidences (n,), the mean probability of each region, in descending order.
     """
     above = mask > threshold
     rows, columns = above.any(axis=1).nonzero()[0], above.any(axis=0).nonzero()[0]
@@ -107,11 +104,11 @@ def find_boxes(mask: np.ndarray, original_size: tuple[int, int],
 
 
 def regress_sides(boxes: np.ndarray, original_size: tuple[int, int], weight: float) -> np.ndarray:
-    """Boxes (n, 4) of an image (height, width), their sides drawn towards TYPICAL_SIDES.
+    """Boxes (n, 4) of an image (height, width), their sides pulled towards TYPICAL_SIDES.
 
-    Each side becomes side**weight * typical**(1 - weight) about its centre and is cut off at the
-    image, because boxes that come out small are mostly too small, and large ones too large
-    (regression to the mean). A weight of 1 leaves them as they are.
+    Boxes found small are mostly too small, and large ones too large (regression to the mean). Each
+    side becomes side**weight * typical**(1 - weight) about its centre, clipped to the image. A
+    weight of 1 changes nothing.
     """
     size = np.array(original_size[::-1])
     grown = boxes[:, 2:] ** weight * (size * TYPICAL_SIDES) ** (1 - weight) - boxes[:, 2:]
@@ -123,9 +120,9 @@ def regress_sides(boxes: np.ndarray, original_size: tuple[int, int], weight: flo
 def average_precision_image(predicted_boxes, confidences, target_boxes) -> float:
     """The challenge's score of one image: the mean over IOU_THRESHOLDS of TP / (TP + FP + FN).
 
-    In descending confidence each prediction takes the free target that it overlaps most, if their
-    IoU is strictly above the threshold. Both kinds of boxes in the same pixels. NaN if there are
-    neither predictions nor targets, 0 if there is only one of the two.
+    In descending order of confidence, each prediction takes the free target with the highest IoU,
+    if that is strictly above the threshold. Both kinds of boxes are in the same pixels. NaN if
+    there are neither predictions nor targets, 0 if there is only one of the two.
     """
     predictions, targets = len(predicted_boxes), len(target_boxes)
     if not predictions or not targets:
@@ -153,7 +150,7 @@ def score_mask(mask: np.ndarray, original_size: tuple[int, int], target_boxes: n
 
 
 def _count_hits(iou, threshold):
-    """One-to-one matches in rows' order; iou (predictions, targets)."""
+    """Number of one-to-one matches, made row by row; iou (predictions, targets)."""
     iou, hits = iou.copy(), 0
     for row in iou:
         best = row.argmax()
@@ -184,8 +181,8 @@ def roc_auc(confidences: np.ndarray, positive: np.ndarray) -> float:
 
 
 def bootstrap(scores: np.ndarray) -> np.ndarray:
-    """mean_average_precision of BOOTSTRAPS samples of the images with scores (N, ...), drawn alike
-    at every call: (BOOTSTRAPS, ...)."""
+    """mean_average_precision, (BOOTSTRAPS, ...), of samples of the images with scores (N, ...);
+    every call draws the same samples."""
     images = len(scores)
     rng = np.random.default_rng(0)
     drawn = rng.multinomial(images, np.full(images, 1 / images), BOOTSTRAPS).astype(float)
@@ -193,15 +190,15 @@ def bootstrap(scores: np.ndarray) -> np.ndarray:
 
 
 def gate_scores(evaluation: Evaluation, gate: float) -> np.ndarray:
-    """Scores (N, T) once images below the gate have no boxes: such an image is worth 0 if it has a
-    true box, NaN if it has none."""
+    """Scores (N, T) with the gate: an image below it has no boxes, so it scores 0 if it has a true
+    box and NaN if not."""
     below = np.where(evaluation.positive, 0.0, np.nan)[:, None]
     return np.where(evaluation.confidences[:, None] >= gate, evaluation.scores, below)
 
 
-def summarize(evaluation: Evaluation, gate: float, column: int = 0) -> dict[str, float]:
-    """Figures of an Evaluation at a gate and one of its box thresholds."""
-    scores = gate_scores(evaluation, gate)[:, column]
+def summarize(evaluation: Evaluation, gate: float) -> dict[str, float]:
+    """Figures of an Evaluation at a gate and the first of its box thresholds."""
+    scores = gate_scores(evaluation, gate)[:, 0]
     confidences, positive = evaluation.confidences, evaluation.positive
     figures = {"loss": evaluation.loss, "rsna": float(mean_average_precision(scores)),
                "rsna_standard_error": float(bootstrap(scores).std()),
@@ -213,9 +210,9 @@ def summarize(evaluation: Evaluation, gate: float, column: int = 0) -> dict[str,
 
 
 def score_lines(figures: dict[str, float], images: int) -> list[str]:
-    """What a script prints of `summarize`; the last two lines are the tutorial's."""
+    """Lines that scripts print of the figures of summarize; the last two are the tutorial's."""
     views = [f"{view} {figures[f'auc_{view}']:.4f}" for view in ("AP", "PA")
-             if figures[f"auc_{view}"] >= 0]
+             if not np.isnan(figures[f"auc_{view}"])]
     within = f" (within views: {', '.join(views)})" if views else ""
     return [f"Image ROC AUC: {figures['auc']:.4f}{within}",
             f"Standard error of the RSNA mAP: {figures['rsna_standard_error']:.4f} "
@@ -226,13 +223,12 @@ def score_lines(figures: dict[str, float], images: int) -> list[str]:
 
 def search_thresholds(evaluation: Evaluation, gates: Sequence[float],
                       default: tuple[int, int]) -> tuple[tuple[int, int], np.ndarray]:
-    """Finds the pair of thresholds that an Evaluation proves best, and the table (T, G) of the
-    scores of all pairs; pairs are indices of (box threshold, gate).
+    """Finds the pair of thresholds that an Evaluation proves best; returns it and the scores (T, G)
+    of all pairs. Pairs are indices of (box threshold, gate).
 
-    The best of many noisy scores is mostly luck. So a pair counts with its gain over the `default`
-    pair less PROOF standard errors of that gain, and the default stays where nothing is left of any
-    gain (docs/experiments.md). A pair close to the default needs little proof: its gain varies
-    little.
+    The best of many noisy scores is mostly luck. So each pair is ranked by its gain over `default`
+    less PROOF standard errors of that gain; `default` stays unless this is above 0 for some pair
+    (docs/experiments.md). A pair close to the default needs little proof: its gain varies little.
     """
     gated = [gate_scores(evaluation, gate) for gate in gates]
     table = np.stack([mean_average_precision(scores) for scores in gated], axis=-1)
@@ -260,7 +256,7 @@ def choose_thresholds(evaluate: Callable[[Sequence[float]], Evaluation],
 
 
 def prediction_string(boxes: np.ndarray, confidences: np.ndarray) -> str:
-    """`confidence x y width height ...` in descending confidence; empty for no boxes."""
+    """`confidence x y width height ...` in descending order of confidence; empty for no boxes."""
     order = np.argsort(-np.asarray(confidences, float), kind="stable")
     return " ".join(f"{confidences[i]:.4f} " + " ".join(f"{value:.1f}" for value in boxes[i])
                     for i in order)

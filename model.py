@@ -12,7 +12,7 @@ from torch import nn
 from cli import IMAGE_SIDE, InputError, atomic_write
 
 PATCHES_PER_SIDE = 64  # the U-Net runs on at most 64 x 64 patches
-FEWEST_PATCHES = 32  # a side, at which the five halvings leave 1
+FEWEST_PATCHES = 32  # a side; five halvings leave 1
 # sigmoid(-3) = 0.047: about the share of opacity pixels when positives are drawn more often
 PRIOR_LOGIT = -3.0
 
@@ -34,7 +34,8 @@ class ConvBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """3x3 transposed convolution of stride 2 to the size of the skip connection; as ConvBlock."""
+    """3x3 transposed convolution of stride 2 to the size of the skip connection, BatchNorm,
+    LeakyReLU; the skip connection's channels are put in front."""
 
     def __init__(self, in_channels, out_channels, *, alpha_leaky, bn_eps, bn_momentum):
         super().__init__()
@@ -52,10 +53,10 @@ class PneumoniaUNET(nn.Module):
 
     The pixels of a patch are the channels of the first convolution, and the patches' logits are
     interpolated to pixels: opacities are large, so this is as good as a U-Net on pixels, and takes
-    1 / patch_size**2 of its time. `width` is the number of channels at the first level; the weights
-    grow with its square. `alpha_leaky` is the negative slope of every LeakyReLU; `bn_momentum` and
-    `bn_eps` follow PyTorch's convention. `legacy` builds the network of the earlier implementation,
-    whose last block ends in BatchNorm and LeakyReLU.
+    1 / patch_size**2 of its time. `width` is the number of channels at the first level; the number
+    of weights grows with its square. `alpha_leaky` is the negative slope of every LeakyReLU;
+    `bn_momentum` and `bn_eps` follow PyTorch's convention. `legacy` builds the network of the
+    earlier implementation, whose last block ends in BatchNorm and LeakyReLU.
     """
 
     def __init__(self, *, patch_size: int = 1, width: int = 32, alpha_leaky: float = 0.03,
@@ -96,7 +97,7 @@ class PneumoniaUNET(nn.Module):
         return cls(patch_size=patch_size, **options)
 
     def check_side(self, rescale_factor: int) -> None:
-        """Raises InputError if images would have fewer patches a side than the network halves."""
+        """Raises InputError if images would have fewer than FEWEST_PATCHES a side."""
         side, smallest = IMAGE_SIDE // rescale_factor, FEWEST_PATCHES * self.patch_size
         if side < smallest:
             raise InputError(
@@ -131,12 +132,11 @@ class PneumoniaUNET(nn.Module):
 
 
 class Runtime(NamedTuple):
-    """Where a network runs and in which precision: device and autocast dtype; which process this is
-    of how many (parallel.py)."""
+    """Where a network runs, in which precision, and in how many processes (parallel.py)."""
     device: torch.device
-    dtype: torch.dtype
-    rank: int = 0
-    world: int = 1
+    dtype: torch.dtype  # of autocast
+    rank: int = 0  # of this process
+    world: int = 1  # number of processes
 
     def load(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (B, 1, S, S) in 0..255 -> float32 in 0..1 on the device, channels last."""
@@ -156,15 +156,15 @@ class Runtime(NamedTuple):
 
 
 def choose_runtime(device: str, precision: str) -> Runtime:
-    """Resolves `auto`: the first of CUDA, MPS and CPU that is there, in the fastest precision that
-    it computes natively. Raises InputError for a device that is not there and for fp16 on a CPU.
+    """Resolves `auto`: the first available of CUDA, MPS and CPU, in the fastest precision that it
+    computes natively. Raises InputError for a device that is not available and fp16 on a CPU.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                  "cpu": True}
     if device == "auto":
         device = next(name for name in available if available[name])
     if not available[device]:
-        raise InputError(f"--device {device}: there is none here; use --device auto")
+        raise InputError(f"--device {device} is not available here; use --device auto")
     if device == "cpu" and precision == "fp16":
         raise InputError("--precision fp16 needs a GPU; use bf16 or fp32 on the CPU")
     if precision == "auto":
@@ -182,8 +182,8 @@ def _fastest_precision(device):
 
 
 def save_checkpoint(path: Path, model: PneumoniaUNET, **state: Any) -> None:
-    """Writes the model, what rebuilds it, and `state` (plain values and tensors), whole or not at
-    all."""
+    """Writes the weights, the config that rebuilds the model, and `state` (plain values and
+    tensors), atomically."""
     content = io.BytesIO()
     torch.save({"state_dict": model.state_dict(), "config": model.config, **state}, content)
     with atomic_write(path) as file:

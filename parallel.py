@@ -1,7 +1,7 @@
-"""The processes of `torchrun`: how they divide the work and put together what each has made.
+"""Divides the work among the processes of `torchrun` and puts their results together.
 
-Every process has a Runtime with its `rank`, 0 to `world` - 1. In a run of one process each of these
-functions hands back what it was given.
+Every process has a Runtime with its `rank`, 0 to `world` - 1. With a single process the functions
+below change nothing.
 """
 
 import os
@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, Sampler
 from cli import InputError
 from model import Runtime
 
-PATIENCE = timedelta(hours=6)  # with the process that prepares the images or draws them
+PATIENCE = timedelta(hours=6)  # while one process prepares or draws the images
 
 
 def join(runtime: Runtime) -> Runtime:
@@ -41,7 +41,7 @@ def join(runtime: Runtime) -> Runtime:
 
 
 def leave(runtime: Runtime) -> None:
-    """Waits until every process has come here, since torchrun stops all when one fails."""
+    """Waits until every process gets here, since torchrun stops the others as soon as one fails."""
     if runtime.world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -52,15 +52,16 @@ def _local_rank():
 
 
 def once(make: Callable[[], Any], runtime: Runtime) -> Any:
-    """Calls `make` in one process of each machine; returns to all of them what it returned."""
+    """Calls `make` in one process of each machine and returns its result in all of them."""
     made = make() if _local_rank() == 0 else None
     everywhere = gather([made], runtime)
     return everywhere[runtime.rank - _local_rank()] if made is None else made
 
 
 def share(items: Sequence, runtime: Runtime) -> Sequence:
-    """The consecutive items that fall to this process."""
-    first, end = (len(items) * rank // runtime.world for rank in (runtime.rank, runtime.rank + 1))
+    """This process's share of the items, which are consecutive."""
+    first = len(items) * runtime.rank // runtime.world
+    end = len(items) * (runtime.rank + 1) // runtime.world
     return items[first:end]
 
 
@@ -74,7 +75,7 @@ def gather(items: list, runtime: Runtime) -> list:
 
 
 class SharedBatches(BatchSampler):
-    """Batches that all processes draw alike, and of which each takes its own indices."""
+    """Draws the same batches in every process and yields this process's share of each."""
 
     def __init__(self, order: Sampler, batch_size: int, runtime: Runtime, *, drop_last: bool):
         super().__init__(order, batch_size, drop_last)
@@ -86,7 +87,7 @@ class SharedBatches(BatchSampler):
 
 
 def distribute(model: nn.Module, runtime: Runtime) -> nn.Module:
-    """What training steps call in place of the model, to average the gradients of all processes."""
+    """Wraps the model for training steps, which then average the gradients of all processes."""
     if runtime.world == 1:
         return model
     if runtime.device.type == "cuda":  # SyncBatchNorm is for GPUs alone; weights stay the same
@@ -95,6 +96,7 @@ def distribute(model: nn.Module, runtime: Runtime) -> nn.Module:
 
 
 def share_statistics(model: nn.Module, runtime: Runtime) -> None:
-    """Gives all processes the running statistics of BatchNorm of rank 0."""
-    for buffer in model.buffers() if runtime.world > 1 else ():
-        dist.broadcast(buffer, src=0)
+    """Gives BatchNorm's running statistics of rank 0 to all processes."""
+    if runtime.world > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)

@@ -22,7 +22,7 @@ import metrics
 import parallel
 from curves import CURVE_THRESHOLDS, draw_scores
 from drawing import IMAGE_SIZE, Overlay, make_overlay, picture_writer
-from folders import find_radiographs
+from folders import find_radiographs, result_paths
 from labels import read_labels
 from model import Runtime, choose_runtime, load_checkpoint
 from readers import INTERNAL_ERROR, Reading, read_images
@@ -30,16 +30,16 @@ from report import Row, row_of, write_report
 
 
 class Truth(NamedTuple):
-    """Labels of a folder."""
-    boxes: dict[str, np.ndarray]  # {patient_id: (n, 4)} in original pixels
-    views: dict[str, str]
+    """The labels given, by patient_id."""
+    boxes: dict[str, np.ndarray]  # (n, 4) in original pixels
+    views: dict[str, str]  # "AP", "PA" or ""
 
 
 def predict_files(model: torch.nn.Module, files: dict[str, Path], runtime: Runtime, *,
                   batch_size: int, rescale_factor: int, workers: int, image_size: int | None = None,
                   ) -> Iterator[tuple[str, Reading, np.ndarray | None]]:
-    """Yields (patient_id, Reading, mask) for each of files {patient_id: path}; no mask where a
-    file is unreadable. With an `image_size`, images for display are read, too."""
+    """Yields (patient_id, Reading, mask) for each of files {patient_id: path}; the mask (S, S) of
+    an unreadable file is None. With an `image_size`, images for display are read, too."""
     readings = read_images(files.values(), rescale_factor=rescale_factor, workers=workers,
                            image_size=image_size)
     for batch in cli.batched(zip(files, readings), batch_size):
@@ -53,7 +53,7 @@ def predict_files(model: torch.nn.Module, files: dict[str, Path], runtime: Runti
 
 def thresholds_in_use(checkpoint: dict[str, Any], box: float | None,
                       gate: float | None) -> metrics.Thresholds:
-    """The thresholds of a checkpoint, or those given instead."""
+    """The thresholds of a checkpoint, with `box` and `gate` in their place if given."""
     thresholds = metrics.Thresholds.of_checkpoint(checkpoint)
     given = {name: value for name, value in (("box", box), ("gate", gate)) if value is not None}
     if given:
@@ -70,7 +70,7 @@ class Results:
         self.annotations, self.notes, self.rows, self.scored = {}, [], [], []
 
     def add(self, patient_id: str, reading: Reading, mask: np.ndarray | None) -> Overlay | None:
-        """Takes up what became of one file; returns what is drawn of it if it was read."""
+        """Adds the result for one file; returns its overlay, or None if it could not be read."""
         path, truth = self.files[patient_id], self.truth.boxes.get(patient_id)
         if reading.problem:
             self.skipped.append((path, reading.problem))
@@ -78,8 +78,7 @@ class Results:
         if reading.note:
             self.notes.append(f"{path} {reading.note}")
         overlay = make_overlay(patient_id, reading.value, mask, self.thresholds, truth)
-        self.annotations[patient_id] = metrics.prediction_string(
-            overlay.boxes, overlay.confidences)
+        self.annotations[patient_id] = metrics.prediction_string(overlay.boxes, overlay.confidences)
         self.rows.append(row_of(overlay))
         if truth is not None:
             self._score(overlay)
@@ -93,7 +92,7 @@ class Results:
                             self.truth.views[overlay.patient_id], scores))
 
     def gather(self, runtime: Runtime) -> None:
-        """Takes up what all processes have found, in the order of the files."""
+        """Merges the results of all processes, in the order of the files."""
         for name in ("skipped", "notes", "rows", "scored"):
             setattr(self, name, parallel.gather(getattr(self, name), runtime))
         self.annotations = dict(parallel.gather(list(self.annotations.items()), runtime))
@@ -101,7 +100,7 @@ class Results:
     def write(self, output: Path) -> None:
         """Writes annotations.json and submission.csv, and skipped.csv if anything was skipped.
 
-        Without annotations the results of an earlier run stay, which is printed.
+        If no image was predicted, the results of an earlier run are kept, which is printed.
         """
         paths = output / "annotations.json", output / "submission.csv"
         earlier = [str(path) for path in paths if path.exists()]
@@ -124,16 +123,16 @@ class Results:
         found = sum(bool(boxes) for boxes in self.annotations.values())
         summary = (f"{len(self.annotations)} images predicted, {found} with opacities; "
                    f"{len(self.skipped)} files skipped")
-        lines, figures = [], []
+        lines, plots = [], []
         if self.scored:
             evaluation = metrics.Evaluation(float("nan"), *map(np.array, zip(*self.scored)))
             draw_scores(output, evaluation, self.thresholds)
-            figures.append("scores.png")
+            plots.append("scores.png")
             lines = metrics.score_lines(
                 metrics.summarize(evaluation, self.thresholds.gate), len(self.scored))
         rows = [*self.rows, *(Row(str(path), "skipped", reason) for path, reason in self.skipped)]
         path = write_report(output, rows, lines=[str(self.thresholds), summary, *lines],
-                            pictures=pictures, figures=figures)
+                            pictures=pictures, plots=plots)
         print(f"{summary}; see {path}")
         self._compare_labels()
         print(*lines, sep="\n", end="\n" if lines else "")
@@ -180,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                for path in args.data]
     path = cli.require(args.model, "file", flag="--model", variable="TRAINML_MODEL_PATH")
 
-    # network, and how it was trained to be used
+    # network and thresholds
     model, checkpoint = load_checkpoint(path, runtime.device)
     rescale_factor = args.rescale_factor or checkpoint.get("rescale_factor") or 4
     model.check_side(rescale_factor)
@@ -191,21 +190,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # files
     output = cli.require(args.output, "output", flag="--output", variable="TRAINML_OUTPUT_PATH")
-    results = [folder for data in sources for folder in cli.result_folders(output, data)]
-    files, skipped = parallel.once(partial(find_radiographs, sources, leave_out=results), runtime)
+    leave_out = [path for source in sources for path in result_paths(output, source)]
+    files, skipped = parallel.once(partial(find_radiographs, sources, leave_out), runtime)
     source = args.data[0] if len(args.data) == 1 else f"the {len(args.data)} paths given"
     print(f"{len(files)} files in {source}; {runtime.device.type}, {runtime.dtype}; {thresholds}")
 
-    # predictions, pictures as they come
+    # predictions and pictures
     results = Results(files, skipped if runtime.rank == 0 else [], truth, thresholds)
     batches = list(cli.batched(files, args.batch_size))  # the same in any number of processes
-    own = {key: files[key] for batch in parallel.share(batches, runtime) for key in batch}
-    predictions = predict_files(model, own, runtime, batch_size=args.batch_size,
+    share = {key: files[key] for batch in parallel.share(batches, runtime) for key in batch}
+    predictions = predict_files(model, share, runtime, batch_size=args.batch_size,
                                 rescale_factor=rescale_factor, workers=args.workers,
                                 image_size=args.image_size if args.save_images else None)
     folder = output / "images" if args.save_images else None
     with picture_writer(folder, heat=args.heat) as write_picture:
-        for prediction in cli.progress(predictions, total=len(own), description="predict"):
+        for prediction in cli.progress(predictions, total=len(share), description="predict"):
             overlay = results.add(*prediction)
             if overlay:
                 write_picture(overlay)

@@ -1,8 +1,8 @@
-"""Runs a function on files in processes of their own: a file that crashes its decoder, hangs or
-takes too much memory costs itself alone.
+"""Runs a function on files in separate processes, so that a file that crashes its decoder, hangs or
+takes too much memory costs only itself.
 
-Why not a library: the pool of concurrent.futures breaks with a worker that dies, and pebble's needs
-semaphores, which a container without /dev/shm lacks, and judges by the clock.
+Why not a library: the pool of concurrent.futures breaks when a worker dies; pebble's needs
+semaphores, which a container without /dev/shm lacks, and limits wall-clock time, not CPU time.
 """
 
 import io
@@ -30,26 +30,27 @@ from dicom import Radiograph, UnreadableImage, read_radiograph, reason_of
 from greyscale import ImageWarning
 
 TIME_LIMIT = 5  # seconds of CPU time for one file, the same on a busy machine and an idle one
-WAIT_LIMIT = 300  # seconds by the clock until a reader is taken for asleep
+WAIT_LIMIT = 300  # wall-clock seconds, for a reader that hangs without using the CPU
+MEMORY_LIMIT = 5 * 2**28  # bytes; some MB of hostile DICOM can inflate to many GB
 INTERNAL_ERROR = "was not read because of an internal error; its traceback is on stderr"
 
 
-def limit_memory(more: int = 5 * 2**28) -> None:
-    """Lets this process allocate `more` bytes: some MB of hostile DICOM can inflate to many GB."""
+def _limit_memory():
+    """Lets this process allocate no more than MEMORY_LIMIT beyond what it holds."""
     if sys.platform != "linux":
         return
     import resource
     held = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
     with suppress(ValueError):  # there is a lower limit already
-        resource.setrlimit(resource.RLIMIT_AS, (held + more, held + more))
+        resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY_LIMIT, held + MEMORY_LIMIT))
 
 
 class Reading(NamedTuple):
-    """What became of one file: a `value` or a `problem`; `note` tells what the value lacks."""
+    """The result for one file: a `value` or a `problem`; `note` is a remark on the value."""
     value: Any = None
     problem: str = ""
     note: str = ""
-    trace: str = ""  # of an error of our own
+    trace: str = ""  # traceback of a bug of ours
 
 
 def _read(function, path, caught):
@@ -67,7 +68,7 @@ def _read(function, path, caught):
 
 
 def _limit_time(seconds):
-    """Has this process killed by SIGPROF after so many seconds of CPU time; 0 for never."""
+    """Lets SIGPROF kill this process after `seconds` of CPU time; 0 means never."""
     if hasattr(signal, "setitimer"):  # not on Windows
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
@@ -80,7 +81,7 @@ def _serve(connection, parent_end, function):
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     _drop_sockets(connection.fileno(), null)
-    limit_memory()
+    _limit_memory()
     with warnings.catch_warnings(record=True) as caught, suppress(EOFError, OSError):
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", ImageWarning)
@@ -91,28 +92,28 @@ def _serve(connection, parent_end, function):
 
 
 def _drop_sockets(own, null):
-    """Lets go of inherited sockets, so that a server's connections end when the server ends them;
-    their numbers lead to `null` and are not given out again."""
+    """Closes inherited sockets, so that a server's connections end when the server closes them;
+    their descriptors point to `null`, so that they are not reused."""
     if sys.platform != "linux":  # nothing is inherited
         return
     for descriptor in map(int, os.listdir("/proc/self/fd")):
-        with suppress(OSError):  # that of the listing is closed already
+        with suppress(OSError):  # the listing's own is closed by now
             if descriptor != own and stat.S_ISSOCK(os.fstat(descriptor).st_mode):
                 os.dup2(null, descriptor)
 
 
-_starting = Lock()  # a reader must not inherit the other end of another's pipe before it is closed
+_starting = Lock()  # no reader may inherit the child's end of another reader's pipe
 
 
 class ReaderPool:
-    """Readers that call `function` on what they are given, each for one caller at a time; calls
-    from any thread wait for an idle one. A reader that ends is replaced."""
+    """Processes that call `function` on the items they are sent, each for one caller at a time. Any
+    thread may call, and waits for an idle reader; a reader that dies is replaced."""
 
     def __init__(self, function: Callable[[Any], Any], readers: int):
         self.function, self.started, self.idle = function, [], SimpleQueue()
         for _ in range(readers):
             self._start()
-        self.threads = ThreadPoolExecutor(readers)  # to call from
+        self.threads = ThreadPoolExecutor(readers)  # for calls in the background
 
     def _start(self):
         # fork starts in milliseconds and is safe here: a reader runs neither PyTorch nor threads
@@ -127,7 +128,7 @@ class ReaderPool:
         self.idle.put((process, ours))
 
     def _replace(self, process, connection):
-        """Ends a reader and starts another; returns the exit code."""
+        """Kills a reader and starts another; returns the exit code."""
         connection.close()
         with _starting:
             process.kill()
@@ -137,9 +138,9 @@ class ReaderPool:
         return process.exitcode
 
     def read_chunk(self, chunk: list) -> list[Reading] | str:
-        """Readings of a chunk, or why its reader ended."""
+        """A Reading of each item, or the problem that ended their reader."""
         process, connection = self.idle.get()
-        while connection.poll():  # nothing is asked yet, so this is the end of a reader
+        while connection.poll():  # nothing was sent yet, so this reader is dead
             self._replace(process, connection)
             process, connection = self.idle.get()
         problem = f"took more than {WAIT_LIMIT} seconds to read"
@@ -177,12 +178,12 @@ def read_files(
 ) -> Iterator[Reading]:
     """Yields a Reading of function(path) for each path, in order, from processes that read ahead.
 
-    The function raises UnreadableImage for a file that it cannot read, and warns with ImageWarning
-    of what it leaves out; the traceback of any other error is printed once. The files of a reader
-    that crashes or takes too long are tried again one by one while no other is read.
+    The function raises UnreadableImage for a file that it cannot read, and issues an ImageWarning
+    about what it ignores; the traceback of any other error is printed once. If a reader crashes or
+    takes too long, its files are retried one by one while no other file is read.
     """
     paths, printed, window = list(paths), {""}, deque()
-    size = min(chunk_size, len(paths) // (4 * workers) + 1)  # of what a reader gets at a time
+    size = min(chunk_size, len(paths) // (4 * workers) + 1)  # files sent to a reader at a time
     chunks = [paths[first:first + size] for first in range(0, len(paths), size)]
     pool = ReaderPool(function, min(workers, len(paths)) or 1)
     try:
@@ -203,7 +204,7 @@ def read_files(
 
 
 def _print_once(trace, printed):
-    """Prints a traceback unless one from the same place is printed already."""
+    """Prints a traceback unless one from the same place was printed already."""
     place = trace.rstrip().rpartition("\n")[0]
     if place not in printed:
         print(trace, file=sys.stderr)
@@ -219,6 +220,6 @@ def read_images(paths: Iterable[Path], *, rescale_factor: int, workers: int,
 
 def read_image(path: Path | io.BytesIO, rescale_factor: int,
                image_size: int | None = None) -> Radiograph:
-    """read_radiograph with the network's image as uint8 (S, S) in 0..255."""
+    """Like read_radiograph, with the network's image as uint8 (S, S) in 0..255."""
     radiograph = read_radiograph(path, rescale_factor, image_size)
     return radiograph._replace(image=(radiograph.image * 255 + 0.5).astype(np.uint8))

@@ -1,5 +1,5 @@
-"""What a training run keeps in its folder: checkpoints, from which it can go on, TensorBoard logs,
-split.csv, metrics.json, and report.html with its pictures."""
+"""What a training run keeps in its folder: checkpoints, from which it can continue, TensorBoard
+logs, split.csv, metrics.json, and report.html with its pictures."""
 
 import argparse
 import json
@@ -33,8 +33,8 @@ COMPARED = ("batch_size", "epochs", "optimizer", "width", "rescale_factor", "lea
 
 class Records:
     """The files of a run in `folder`. Checkpoints hold its `arguments`, as plain values, and its
-    `history`: the figures of each epoch so far, a list to which the run adds. TensorBoard forgets
-    what it has of `first_step` and later, which a continued run logs again."""
+    `history`, a list to which the run adds the figures of each epoch. TensorBoard drops what it has
+    of `first_step` and later, which a continued run logs again."""
 
     def __init__(self, folder: Path, arguments: dict[str, Any], history: list[dict],
                  first_step: int = 0):
@@ -47,7 +47,7 @@ class Records:
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
-        """Closes the logs, and tells a run that was stopped how it goes on."""
+        """Closes the logs and, if the run was stopped, prints how to continue it."""
         self.writer.close()
         last = self.folder / "last.pth.tar"
         was_stopped = kind is not None and issubclass(kind, (KeyboardInterrupt, RuntimeError))
@@ -55,14 +55,14 @@ class Records:
             print(f"continue with: python train.py --checkpoint {last} --save {self.folder}")
 
     def log_steps(self, last_step: int, losses: Sequence[float], learning_rate: float) -> None:
-        """Shows the losses of the steps up to the last one in TensorBoard."""
+        """Logs the losses of the steps up to `last_step`, and the learning rate there."""
         for step, loss in enumerate(losses, last_step - len(losses) + 1):
             self.writer.add_scalar("steps/loss", loss, step)
         self.writer.add_scalar("steps/learning_rate", learning_rate, last_step)
 
     def log_epoch(self, evaluation: Evaluation, speed: float, overlays: Iterable[Overlay]) -> None:
-        """Shows the last epoch of the history in TensorBoard: both losses over the same axis, the
-        decision on the image, and pictures."""
+        """Logs the last epoch of the history: its figures, the decision on the image as a
+        precision-recall curve, and pictures."""
         scores, epoch = self.history[-1], len(self.history)
         tags = {"loss/train": scores["train_loss"], "loss/validation": scores["loss"],
                 "precision/rsna": scores["rsna"], "precision/total": scores["total"],
@@ -77,8 +77,8 @@ class Records:
                 f"validation/{overlay.patient_id}", picture, epoch, dataformats="HWC")
 
     def save_epoch(self, training: Training, thresholds: Thresholds) -> None:
-        """Writes last.pth.tar, from which a run continues exactly, the best files where the last
-        epoch of the history is the best yet, and curves.png."""
+        """Writes last.pth.tar, from which a run continues exactly, a best file if the last epoch of
+        the history is the best yet, and curves.png."""
         best = {"loss.best": min(self.history, key=lambda scores: scores["loss"]),
                 "prec.best": max(reversed(self.history), key=lambda scores: scores["rsna"])}
         for name, scores in best.items():
@@ -92,32 +92,32 @@ class Records:
 
     def save_final(self, model: PneumoniaUNET, thresholds: Thresholds,
                    figures: dict[str, float]) -> None:
-        """Writes final.pth.tar, with the scores of the run."""
+        """Writes final.pth.tar, with the figures of the run."""
         save_checkpoint(self.folder / "final.pth.tar", model, **self._state(thresholds),
                         **_rename(figures))
 
     def _state(self, thresholds):
-        """What every checkpoint holds beside the weights: all that predict.py needs, and how they
-        came about."""
+        """What every checkpoint holds besides the weights: all that predict.py needs, and how the
+        weights were trained."""
         return {"rescale_factor": self.arguments["rescale_factor"], "args": self.arguments,
                 "history": self.history, **thresholds.stored()}
 
     def take_best(self, source: Path) -> None:
-        """Copies the best files of a run in folder `source` that goes on here."""
+        """Copies the best files of the run in folder `source`, which continues here."""
         for name in ("loss.best.pth.tar", "prec.best.pth.tar"):
             if (source / name).exists() and not (self.folder / name).exists():
                 model, best = load_checkpoint(source / name)
                 save_checkpoint(self.folder / name, model, **best)
 
     def write_split(self, dataset: PneumoniaDataset, parts: dict[str, list[int]]) -> None:
-        """Writes split.csv: the part that each image belongs to."""
+        """Writes split.csv: which part each image belongs to."""
         rows = [(dataset.patient_ids[index], name)
                 for name, part in parts.items() for index in part]
         cli.write_csv(self.folder / "split.csv", [("patientId", "split"), *rows])
 
     def report(self, evaluation: Evaluation, figures: dict[str, float], thresholds: Thresholds,
                overlays: Iterable[Overlay]) -> None:
-        """Writes scores.png, report.html with the rows of the scored images and, unless
+        """Writes scores.png, report.html with a row for each scored image and, unless
         --no-save-images was given, their pictures in validation/."""
         draw_scores(self.folder, evaluation, thresholds)
         pictures = "validation" if self.arguments["save_images"] else None
@@ -127,7 +127,7 @@ class Records:
                 rows.append(row_of(overlay))
                 write_picture(overlay)
         write_report(self.folder, rows, lines=[str(thresholds), *score_lines(figures, images)],
-                     pictures=pictures, figures=["curves.png", "scores.png"])
+                     pictures=pictures, plots=["curves.png", "scores.png"])
 
     def finish(self, figures: dict[str, float], thresholds: Thresholds,
                sizes: dict[str, int], seconds: dict[str, float]) -> None:
@@ -142,7 +142,7 @@ class Records:
 
 
 def _rename(figures):
-    """Figures under their names in metrics.json, where JSON has no NaN."""
+    """Figures by their names in metrics.json; None for NaN, which JSON lacks."""
     return {METRIC_NAMES[name]: value if math.isfinite(value) else None
             for name, value in figures.items()}
 
@@ -160,8 +160,8 @@ def versions() -> dict[str, str]:
 
 
 def check_disk(folder: Path, model: torch.nn.Module) -> None:
-    """Raises InputError if a run's checkpoints will not fit: 9 times the weights, with Adam and one
-    file being written."""
+    """Raises InputError if a run's checkpoints will not fit on the disk: they take 9 times the
+    weights, with Adam's states and a file being written."""
     needed = 9 * sum(value.nbytes for value in model.state_dict().values())
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -170,12 +170,12 @@ def check_disk(folder: Path, model: torch.nn.Module) -> None:
 
 
 def resume(training: Training, state: dict, epoch_steps: int) -> None:
-    """Takes up the states of a run to continue, from its last.pth.tar."""
+    """Restores the states of a run to continue, from the content of its last.pth.tar."""
     for name in STATEFUL:
         if state[name]:  # that of a scaler not in use is empty
             getattr(training, name).load_state_dict(state[name])
-    for group in training.optimizer.param_groups:  # this device may lack the stored form
+    for group in training.optimizer.param_groups:  # this device may lack the stored fused form
         group["fused"] = training.optimizer.defaults.get("fused")
-    # other numbers of processes take other numbers of steps
+    # the number of steps in an epoch depends on the number of processes
     training.scheduler.last_epoch = len(state["history"]) * epoch_steps - 1
     training.scheduler.step()

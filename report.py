@@ -22,12 +22,12 @@ table { border-collapse: collapse } #rows { table-layout: fixed; width: 100% }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #ccc; text-align: left }
 td { overflow-wrap: anywhere } #rows th { position: sticky; top: 0; background: #fff }
 #rows th + th { cursor: pointer } #rows th:nth-child(2) { width: 33% }
-.figure, dialog img { max-width: 100%; max-height: 92vh }
+.plot, dialog img { max-width: 100%; max-height: 92vh }
 td img { display: block; width: 128px; height: 128px; object-fit: contain; background: #000 }
 dialog { border: 0; padding: 0; background: #000 } form > * { font: inherit; margin-right: 1rem }
 </style>
 <h1>Lung opacities</h1><p>$lines</p>
-$decisions $figures
+$decisions $plots
 <form onsubmit="return false"><select><option value="">all results<option>found<option>not found
 <option>skipped</select><input type="search" placeholder="search an id"><output></output></form>
 <table id="rows"><thead><tr>$head</tr></thead><tbody>$rows</tbody></table>
@@ -71,7 +71,7 @@ class Row(NamedTuple):
 
 
 def row_of(overlay: Overlay) -> Row:
-    """The row of an image that was predicted."""
+    """The row of a predicted image."""
     row = Row(overlay.patient_id, "found" if len(overlay.boxes) else "not found",
               confidence=image_confidence(overlay.mask))
     if overlay.truth is None:
@@ -81,10 +81,10 @@ def row_of(overlay: Overlay) -> Row:
 
 
 def write_report(folder: Path, rows: Iterable[Row], *, lines: Sequence[str],
-                 pictures: str | None = None, figures: Sequence[str] = ()) -> Path:
+                 pictures: str | None = None, plots: Sequence[str] = ()) -> Path:
     """Writes folder/report.html: the worst scores first or, without truth, the highest confidences.
 
-    `lines` of text come first; `pictures` names a folder and `figures` files, both in `folder`.
+    `lines` of text come first; `pictures` names a folder and `plots` files, both in `folder`.
     """
     rows = sorted(rows, key=lambda row: [
         math.inf if math.isnan(value) else value for value in (row.score, -row.confidence)])
@@ -93,7 +93,7 @@ def write_report(folder: Path, rows: Iterable[Row], *, lines: Sequence[str],
     path = folder / "report.html"
     write_text(path, PAGE.substitute(
         lines="<br>".join(map(escape, lines)), decisions=_decisions(labelled) if labelled else "",
-        figures="".join(f'<p><img class="figure" src="{name}" alt="{name}">' for name in figures),
+        plots="".join(f'<p><img class="plot" src="{name}" alt="{name}">' for name in plots),
         head="".join(f"<th>{name}" for name in names),
         rows="\n".join(_html_row(row, folder, pictures, len(names)) for row in rows)))
     return path

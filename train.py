@@ -1,4 +1,4 @@
-"""Trains the U-Net on the table of data_processing.py and scores it on held-out radiographs.
+"""Trains the U-Net on the boxes in train.csv and scores it on held-out radiographs.
 
     python train.py --debug --optimizer adamax                        # does everything work?
     python train.py --optimizer adamw --epochs 10 --train-threshold   # a real run
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 
 import cli
@@ -43,8 +44,8 @@ FUSED = {"adam": ("cpu", "cuda"), "adamw": ("cpu", "cuda"), "sgd": ("cpu", "cuda
 POSITIVE_WEIGHT = 2  # how much more often an image with opacities is drawn in training
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 DEBUG_EPOCHS, DEBUG_STEPS, DEBUG_VALIDATION_STEPS, DEBUG_IMAGES = 2, 50, 10, 100
-RANK_SEED = 1009  # between the seeds of the processes' augmentation
-SHOWN, SHOWN_SIZE = 4, 512  # validation images in TensorBoard after every epoch; their pixels
+RANK_SEED = 1009  # difference between the augmentation seeds of neighbouring ranks
+SHOWN, SHOWN_SIZE = 4, 512  # validation images in TensorBoard every epoch; their longest side
 # flags that a continued run does not inherit, and those that it may change
 PATH_FLAGS = ("data", "labels", "save", "checkpoint", "device", "workers")
 CHANGEABLE = ("epochs", "train_threshold", "save_images", "box_threshold", "gate_threshold",
@@ -58,18 +59,18 @@ class Setup(NamedTuple):
     order: torch.Generator  # of the loader
     dataset: PneumoniaDataset
     parts: dict[str, list[int]]  # indices of the images of each part
-    thresholds: Thresholds  # of the flags
+    thresholds: Thresholds  # given by flags, or the defaults
     arguments: dict[str, Any]  # as plain values
 
     @property
     def validation(self) -> list[int]:
-        """Indices of the images that are scored after every epoch; with --debug fewer."""
+        """Indices of the images that are scored after every epoch; fewer with --debug."""
         limit = DEBUG_VALIDATION_STEPS * self.arguments["batch_size"]
         return self.parts["validation"][:limit if self.arguments["debug"] else None]
 
     @property
     def scored(self) -> list[int]:
-        """Indices of the images that are scored at the end: with folds, the fold's."""
+        """Indices of the images that are scored at the end: the fold's if there is one."""
         return self.parts.get("test", self.parts["validation"])
 
     @property
@@ -94,12 +95,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data", "-d", default=cli.default_path("TRAINML_DATA_PATH", "stage_2_train_images"),
         help="folder of DICOM files (default: %(default)s)")
     add("--labels", "-l", default=cli.default_path("TRAINML_MODEL_PATH", "train.csv"),
-        help="table of data_processing.py (default: %(default)s)")
+        help="train.csv, as data_processing.py writes it (default: %(default)s)")
     add("--save", default=cli.default_path("TRAINML_OUTPUT_PATH"),
         help="folder for checkpoints, images, logs and metrics (default: %(default)s)")
     add("--checkpoint", help="last.pth.tar of a run to continue, or weights to start from")
     add("--save-images", default=True, action=cli.Switch,
-        help="write annotated images of those that are scored (default: on)")
+        help="write annotated images of the radiographs scored at the end (default: on)")
     add_run_options(parser.add_argument_group("the run").add_argument)
     add_recipe_options(parser.add_argument_group("optimizer and network").add_argument)
     parser.add_runtime_options(batch_size=8, rescale_factor=4)
@@ -107,7 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_run_options(add: Callable) -> None:
-    """The flags on how long a run is and what it is scored on."""
+    """Flags on how long a run is and what it is scored on."""
     add("--epochs", "-e", type=cli.bounded(1, math.inf, int), default=2,
         help="passes over the training images (default: %(default)s)")
     add("--debug", default=False, action=cli.Switch,
@@ -128,9 +129,9 @@ def add_recipe_options(add: Callable) -> None:
     """The flags of optimizer and network."""
     above_0 = cli.bounded(1e-30, math.inf)
     add("--optimizer", "-o", default="adam", choices=list(OPTIMIZERS),
-        help="(default: %(default)s)")
+        help="one of PyTorch's optimizers (default: %(default)s)")
     add("--learning-rate", "--lr", type=above_0,
-        help=f"its peak, above 0 (default: {_defaults('lr')})")
+        help=f"peak of the learning rate, above 0 (default: {_defaults('lr')})")
     add("--learning-rate-decay", "--lrd", type=cli.bounded(0, 1), default=0.01,
         help="share of the peak left at the end, 0 to 1 (default: %(default)s)")
     add("--momentum", "-m", type=cli.bounded(0, 1),
@@ -138,7 +139,7 @@ def add_recipe_options(add: Callable) -> None:
     add("--eps", type=above_0,
         help="term in the optimizer's denominator, not for sgd (default: PyTorch's)")
     add("--weight-decay", "--wd", type=cli.bounded(0, math.inf),
-        help=f"0 or more (default: {_defaults('weight_decay')}, else 0)")
+        help=f"weight decay, 0 or more (default: {_defaults('weight_decay')}, else 0)")
     add("--width", type=cli.bounded(2, 512, int), default=32,
         help="channels at the U-Net's first level, 2 to 512 (default: %(default)s)")
     add("--bn-momentum", type=cli.bounded(0, 1), default=0.1,
@@ -154,12 +155,12 @@ def _defaults(key):
     return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Any, dict]:
+def parse_args(argv: Sequence[str] | None = None,
+               ) -> tuple[argparse.Namespace, PneumoniaUNET | None, dict]:
     """Returns the arguments, the model of the --checkpoint file or None, and the rest of that file
     if it belongs to a run to continue, else {}.
 
-    To continue a run, its own flags take the place of the defaults. Raises InputError for a flag
-    that could not act.
+    If a run continues, its flags are the defaults. Raises InputError for a flag that could not act.
     """
     parser, model, state = make_parser(), None, {}
     args = parser.parse_args(argv)
@@ -186,7 +187,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, A
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raises InputError for flags that could not act together."""
+    """Raises InputError for flags that cannot act together."""
     _refuse_if(args.momentum is not None and args.optimizer != "sgd",
                "--momentum acts on --optimizer sgd alone")
     _refuse_if(args.eps is not None and args.optimizer == "sgd",
@@ -207,7 +208,7 @@ def _refuse_if(wrong, message):
 
 
 def build_data(args: argparse.Namespace) -> tuple[PneumoniaDataset, dict[str, list[int]]]:
-    """The data set and the indices of its parts; --debug cuts them."""
+    """The data set and the indices of its parts, which --debug makes smaller."""
     limits = {"training": DEBUG_STEPS * args.batch_size, "validation": DEBUG_IMAGES,
               "test": DEBUG_IMAGES}
     labelled = find_labelled(Path(args.data), Path(args.labels), Path(args.save))
@@ -247,7 +248,7 @@ def build_model(args: argparse.Namespace, model: PneumoniaUNET | None = None) ->
 
 
 def build_optimizer(model: torch.nn.Module, args: argparse.Namespace, total_steps: int,
-                    stored: dict | None = None) -> tuple[torch.optim.Optimizer, Any]:
+                    stored: dict | None = None) -> tuple[torch.optim.Optimizer, LambdaLR]:
     """The optimizer and its schedule: linear warm-up, then a cosine down to a share of the peak.
     `stored` is the optimizer's state in a run to continue."""
     optimizer_class, options = OPTIMIZERS[args.optimizer]
@@ -265,12 +266,12 @@ def build_optimizer(model: torch.nn.Module, args: argparse.Namespace, total_step
         done = min((step - warmup) / max(total_steps - warmup, 1), 1)
         cosine = (1 + math.cos(math.pi * done)) / 2
         return args.learning_rate_decay + (1 - args.learning_rate_decay) * cosine
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
+    return optimizer, LambdaLR(optimizer, lr_factor)
 
 
 def fused_form(optimizer: str, device: str, stored: dict | None) -> dict[str, bool]:
-    """The option for one kernel over all weights, where PyTorch has it; a run to continue keeps the
-    form that it began with, if the device has it, since their results differ in the last bits."""
+    """The option for one kernel over all weights, where PyTorch has it. A run to continue keeps the
+    form that it began with, if this device has it, since results differ in the last bits."""
     is_fused = device in FUSED.get(optimizer, ())
     if stored:
         is_fused = is_fused and stored["param_groups"][0].get("fused")
@@ -279,7 +280,7 @@ def fused_form(optimizer: str, device: str, stored: dict | None) -> dict[str, bo
 
 def build_training(model: PneumoniaUNET, args: argparse.Namespace, total_steps: int,
                    runtime: Runtime, stored: dict | None = None) -> Training:
-    """Puts the model on the device with all that its training needs."""
+    """Moves the model to the device and builds all that its training needs."""
     model = model.to(runtime.device, memory_format=torch.channels_last)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     optimizer, scheduler = build_optimizer(model, args, total_steps, stored)
@@ -289,7 +290,7 @@ def build_training(model: PneumoniaUNET, args: argparse.Namespace, total_steps: 
 
 def build_records(setup: Setup, args: argparse.Namespace,
                   history: list[dict]) -> contextlib.AbstractContextManager[Records | None]:
-    """What keeps the files of the run in --save: in the first process alone, None in others."""
+    """The Records of the run in --save; None in all processes but the first."""
     if setup.training.runtime.rank > 0:
         return contextlib.nullcontext()
     first_step = setup.training.scheduler.last_epoch
@@ -301,14 +302,14 @@ def build_records(setup: Setup, args: argparse.Namespace,
 
 
 def build_thresholds(args: argparse.Namespace) -> Thresholds:
-    """The pair of --box-threshold and --gate-threshold."""
+    """The Thresholds of --box-threshold and --gate-threshold."""
     pair = args.box_threshold, args.gate_threshold
     source = "defaults" if pair == Thresholds()[:2] else "given by flags"
     return Thresholds(*pair, source)
 
 
 def check_paths(args: argparse.Namespace) -> Path:
-    """The folder --save, once it can be written to and the other paths exist."""
+    """The folder --save, which must be writable; the other paths must exist."""
     cli.require(args.data, "folder", flag="--data", variable="TRAINML_DATA_PATH")
     cli.require(args.labels, "file", flag="--labels", variable="TRAINML_MODEL_PATH")
     return cli.require(args.save, "output", flag="--save", variable="TRAINML_OUTPUT_PATH")
@@ -318,15 +319,15 @@ def check_paths(args: argparse.Namespace) -> Path:
 
 
 def seed_epoch(setup: Setup, epoch: int) -> None:
-    """Makes the draws of an epoch, counted from 1, depend on its number and --seed alone, so that a
-    continued run repeats them. Processes draw the same order, and augment each in its own way."""
+    """Seeds an epoch, counted from 1, by its number and --seed alone, so that a continued run draws
+    the same. Processes draw the same order of images, but augment them differently."""
     seed, rank = setup.arguments["seed"] * 1_000_003 + epoch - 1, setup.training.runtime.rank
     setup.order.manual_seed(seed)
     setup.training.augmentation.generator.manual_seed(seed + RANK_SEED * rank)
 
 
 def fit(setup: Setup, history: list[dict], records: Records | None) -> None:
-    """Trains the epochs that the history lacks and adds their figures to it."""
+    """Trains the epochs that are not in the history yet, and adds their figures to it."""
     training, thresholds, epochs = setup.training, setup.thresholds, setup.arguments["epochs"]
     log = records.log_steps if records else lambda *_: None
     for epoch in range(len(history) + 1, epochs + 1):
@@ -353,12 +354,12 @@ def fit(setup: Setup, history: list[dict], records: Records | None) -> None:
 
 
 def hand_over(setup: Setup, records: Records | None) -> tuple[Thresholds, dict[str, float]]:
-    """Writes final.pth.tar: the last epoch's weights with the thresholds to use them at, searched
-    on the validation images if that was asked for. Returns those and the figures of the images
-    `setup.scored`, and draws these.
+    """Writes final.pth.tar: the last epoch's weights and the thresholds to use, searched on the
+    validation images with --train-threshold. Scores and draws the images `setup.scored`; returns
+    the thresholds and their figures.
 
     The learning rate ends near 0, so the last weights are the ones that the run was made for; the
-    best epoch of a small validation set is mostly luck (docs/experiments.md).
+    best epoch on a small validation set is mostly luck (docs/experiments.md).
     """
     model, runtime, arguments = setup.training.model, setup.training.runtime, setup.arguments
     score = partial(evaluate, model, setup.dataset, batch_size=arguments["batch_size"])
@@ -394,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     loader, order = build_loader(dataset, parts["training"], args, runtime)
     prepared = time.monotonic()
 
-    # optimizer; a continued run takes up its states
+    # optimizer; a continued run restores its states
     total_steps = args.epochs * len(loader)
     training = build_training(model, args, total_steps, runtime, state.get("optimizer"))
     if state:
@@ -414,7 +415,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parallel.leave(runtime)
     print(f"see {save / 'report.html'}", thresholds, *score_lines(figures, len(setup.scored)),
           sep="\n")
-    # the other images make a good model, but nobody may miss that some were lost by our fault
+    # the model is good, but a bug of ours that cost images must not go unnoticed
     return 1 if dataset.internal_errors else 0
 
 

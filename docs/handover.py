@@ -99,7 +99,7 @@ def joined(evaluations):
 
 
 def best_pair(evaluation):
-    """The rule of before: the best pair of the smoothed table, whatever it gains."""
+    """The earlier rule: the best pair of the smoothed table, whatever it gains."""
     gated = [metrics.gate_scores(evaluation, gate) for gate in GATES]
     table = np.stack([metrics.mean_average_precision(scores) for scores in gated], axis=-1)
     smooth = ndimage.uniform_filter(table, 3, mode="nearest")
@@ -142,7 +142,7 @@ def print_weights(runs):
                 rsna(run[weights, "test"].plain, choose(run[weights, "validation"].plain))
                 for run in runs])
     before = table["prec.best", "best pair"]
-    print("| weights | thresholds | mean | each run | gain over the rule of before |")
+    print("| weights | thresholds | mean | each run | gain over the earlier rule |")
     print("|---|---|---|---|---|")
     for (weights, rule), scores in table.items():
         gains = scores - before

@@ -57,16 +57,6 @@ def test_a_folder_for_results_that_cannot_be_made_is_named_with_the_reason(tmp_p
         cli.require(tmp_path / "file" / "x", "output", flag="--output")
 
 
-@pytest.mark.parametrize("output, left_out", [
-    ("data/results", ["data/results"]),
-    ("data", [f"data/{name}" for name in cli.RESULTS]),
-    (".", list(cli.RESULTS)),
-])
-def test_only_results_are_left_out_of_the_data(tmp_path, output, left_out):
-    found = cli.result_folders(tmp_path / output, tmp_path / "data")
-    assert found == [tmp_path / name for name in left_out]
-
-
 @pytest.mark.parametrize("value, path", [("/input", "/input/x"), ("", "data/x"), (None, "data/x")])
 def test_a_variable_names_a_folder_unless_it_is_empty(monkeypatch, value, path):
     if value is not None:

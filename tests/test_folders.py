@@ -6,7 +6,7 @@ from PIL import Image
 
 from cli import InputError
 from dicom import UnreadableImage, read_header
-from folders import find_dicom_files, find_radiographs, refuse_mixture
+from folders import RESULTS, find_dicom_files, find_radiographs, refuse_mixture, result_paths
 
 PIXELS = np.arange(64, dtype=np.uint8).reshape(8, 8)
 
@@ -185,6 +185,16 @@ def test_files_that_share_their_names_get_ids_below_the_common_folder(formats):
 def test_a_file_that_is_found_twice_is_read_once(formats):
     files, _ = find_radiographs([formats / "mixed", formats / "mixed" / "a.dcm"])
     assert files.keys() == {"a"}
+
+
+@pytest.mark.parametrize("output, left_out", [
+    ("data/results", ["data/results"]),
+    ("data", [f"data/{name}" for name in RESULTS]),
+    (".", list(RESULTS)),
+])
+def test_only_results_are_left_out_of_the_data(tmp_path, output, left_out):
+    found = result_paths(tmp_path / output, tmp_path / "data")
+    assert found == [tmp_path / name for name in left_out]
 
 
 def test_pictures_of_an_earlier_run_are_not_searched(formats):

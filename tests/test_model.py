@@ -233,7 +233,7 @@ def test_masks_are_probabilities_of_every_image_in_every_precision(precision, to
 
 
 @pytest.mark.parametrize("device, precision, message", [
-    ("cpu", "fp16", "fp16 needs a GPU"), ("cuda", "auto", "--device cuda: there is none here")])
+    ("cpu", "fp16", "fp16 needs a GPU"), ("cuda", "auto", "--device cuda is not available here")])
 def test_a_runtime_that_is_not_there_is_refused(monkeypatch, device, precision, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match=message):

@@ -93,7 +93,7 @@ def test_an_image_without_a_picture_has_no_link(tmp_path):
 
 
 def test_nothing_is_requested_from_elsewhere(tmp_path):
-    page = write(tmp_path, [predicted("a", 0.5)], figures=["curves.png"])
+    page = write(tmp_path, [predicted("a", 0.5)], plots=["curves.png"])
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert set(sources) == {"data:,", "curves.png"} and "//" not in page
 

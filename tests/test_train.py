@@ -97,7 +97,7 @@ def test_every_validation_image_is_drawn(finished):
 def test_the_report_holds_every_validation_image_and_the_figures(finished):
     save, *_ = finished
     page = (save / "report.html").read_text("utf-8")
-    sources = set(re.findall(r'<img (?:loading="lazy"|class="figure") src="([^"]*)"', page))
+    sources = set(re.findall(r'<img (?:loading="lazy"|class="plot") src="([^"]*)"', page))
     pictures = {f"validation/{path.name}" for path in (save / "validation").iterdir()}
     assert sources == {"curves.png", "scores.png"} | pictures
 
