@@ -34,12 +34,12 @@ COMPARED = ("batch_size", "epochs", "optimizer", "width", "rescale_factor", "lea
 class Records:
     """The files of a run in `folder`. Checkpoints hold its `arguments`, as plain values, and its
     `history`: the figures of each epoch so far, a list to which the run adds. TensorBoard forgets
-    what it has of `first_step` and later, which a continued run logs again."""
+    what it has of steps after the `steps_done`, which the run logs again."""
 
     def __init__(self, folder: Path, arguments: dict[str, Any], history: list[dict],
-                 first_step: int = 0):
+                 steps_done: int = 0):
         self.folder, self.arguments, self.history = folder, arguments, history
-        self.writer = SummaryWriter(folder / "logs", purge_step=first_step or None)
+        self.writer = SummaryWriter(folder / "logs", purge_step=steps_done + 1)
         self.writer.add_custom_scalars_multilinechart(
             ["loss/train", "loss/validation"], "loss", "both")
 

@@ -292,10 +292,10 @@ def build_records(setup: Setup, args: argparse.Namespace,
     """What keeps the files of the run in --save: in the first process alone, None in others."""
     if setup.training.runtime.rank > 0:
         return contextlib.nullcontext()
-    first_step = setup.training.scheduler.last_epoch
-    records = Records(Path(args.save), setup.arguments, history, first_step)
+    steps_done = setup.training.scheduler.last_epoch
+    records = Records(Path(args.save), setup.arguments, history, steps_done)
     records.write_split(setup.dataset, setup.parts)
-    if first_step:  # a continued run
+    if steps_done:  # a continued run
         records.take_best(Path(args.checkpoint).parent)
     return records
 

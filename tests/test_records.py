@@ -1,11 +1,12 @@
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import records
 import train
 from cli import InputError
 from model import PneumoniaUNET, choose_runtime
-from records import STATEFUL, check_disk, resume
+from records import STATEFUL, Records, check_disk, resume
 
 CPU = choose_runtime("cpu", "fp32")
 
@@ -29,3 +30,12 @@ def test_too_little_room_for_checkpoints_is_found_out_before_training(tmp_path, 
     monkeypatch.setattr(records.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(InputError, match="5 MB left.*--save"):
         check_disk(tmp_path, PneumoniaUNET())
+
+
+@pytest.mark.parametrize("steps_done, kept", [(0, []), (2, [1, 2])])
+def test_tensorboard_keeps_the_steps_that_are_done_and_no_other(tmp_path, steps_done, kept):
+    for done, steps in ((0, 3), (steps_done, 1)):
+        with Records(tmp_path, {}, [], done) as run:
+            run.log_steps(done + steps, [0.5] * steps, 0.1)
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    assert [event.step for event in events.Scalars("steps/loss")] == [*kept, steps_done + 1]
