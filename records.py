@@ -20,7 +20,7 @@ from dataset import PneumoniaDataset
 from drawing import Overlay, draw_overlay, picture_writer
 from engine import Training
 from metrics import Evaluation, Thresholds, score_lines
-from model import PneumoniaUNET, load_checkpoint, save_checkpoint
+from model import PneumoniaUNET, save_checkpoint
 from report import row_of, write_report
 
 STATEFUL = ("optimizer", "scheduler", "scaler")  # what last.pth.tar adds to the model
@@ -102,12 +102,19 @@ class Records:
         return {"rescale_factor": self.arguments["rescale_factor"], "args": self.arguments,
                 "history": self.history, **thresholds.stored()}
 
-    def take_best(self, source: Path) -> None:
-        """Copies the best files of a run in folder `source` that goes on here."""
-        for name in ("loss.best.pth.tar", "prec.best.pth.tar"):
-            if (source / name).exists() and not (self.folder / name).exists():
-                model, best = load_checkpoint(source / name)
-                save_checkpoint(self.folder / name, model, **best)
+    def take_along(self, checkpoint: Path) -> None:
+        """Copies the file that a run is continued from, and the best files beside it, if the run
+        goes on in another folder. Those of any other run there are replaced or deleted."""
+        if checkpoint.parent.resolve() == self.folder.resolve():
+            return
+        best = (checkpoint.with_name(name) for name in ("loss.best.pth.tar", "prec.best.pth.tar"))
+        for source in (checkpoint, *best):
+            target = self.folder / ("last.pth.tar" if source == checkpoint else source.name)
+            if source.exists():
+                with cli.atomic_write(target) as file:
+                    file.write(source.read_bytes())
+            else:
+                target.unlink(missing_ok=True)
 
     def write_split(self, dataset: PneumoniaDataset, parts: dict[str, list[int]]) -> None:
         """Writes split.csv: the part that each image belongs to."""

@@ -296,7 +296,7 @@ def build_records(setup: Setup, args: argparse.Namespace,
     records = Records(Path(args.save), setup.arguments, history, steps_done)
     records.write_split(setup.dataset, setup.parts)
     if steps_done:  # a continued run
-        records.take_best(Path(args.checkpoint).parent)
+        records.take_along(Path(args.checkpoint))
     return records
 
 

@@ -19,6 +19,7 @@ from model import PneumoniaUNET, choose_runtime, load_checkpoint, save_checkpoin
 from records import METRIC_NAMES, Records, plain_values
 
 CPU = choose_runtime("cpu", "fp32")
+CONTINUED = ("last.pth.tar", "loss.best.pth.tar", "prec.best.pth.tar")  # what a run goes on with
 
 
 # Whole runs
@@ -157,13 +158,28 @@ def test_a_run_stopped_before_its_first_epoch_does_not_offer_the_file_of_another
     assert figures is None and lines and not any("continue with" in line for line in lines)
 
 
-def test_a_run_that_goes_on_elsewhere_takes_its_best_files_along(
-        finished, start, tmp_path, monkeypatch):
+@pytest.fixture
+def another_run(tmp_path):
+    """A folder with the files of another run."""
+    for name in CONTINUED:
+        save_checkpoint(tmp_path / name, PneumoniaUNET(width=4))
+    return tmp_path
+
+
+def test_a_run_that_goes_on_elsewhere_takes_its_files_along(
+        finished, start, another_run, monkeypatch):
     monkeypatch.setattr(train, "train_one_epoch", interrupt)
     save, *_ = finished
-    start(tmp_path / "b", "--checkpoint", save / "last.pth.tar", "--epochs", "3")
-    for name in ("loss.best.pth.tar", "prec.best.pth.tar"):
-        assert_same_weights(tmp_path / "b" / name, save / name)
+    start(another_run, "--checkpoint", save / "last.pth.tar", "--epochs", "3")
+    for name in CONTINUED:
+        assert (another_run / name).read_bytes() == (save / name).read_bytes(), name
+
+
+def test_a_run_that_goes_on_elsewhere_leaves_no_best_file_of_another_run(
+        scratch, start, another_run, monkeypatch):
+    monkeypatch.setattr(train, "train_one_epoch", interrupt)
+    start(another_run, "--checkpoint", scratch / "last.pth.tar", "--epochs", "3")
+    assert {path.name for path in another_run.glob("*.tar")} == {"last.pth.tar"}
 
 
 def test_a_warm_start_from_a_finished_run_trains_all_its_epochs(finished, start, tmp_path):
