@@ -177,6 +177,9 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, A
             flag = f"--{key.replace('_', '-')} {getattr(args, key)}"
             _refuse_if(getattr(args, key) != stored[key],
                        f"{flag}: the run to continue has {stored[key]}; leave the flag out")
+        done = len(state["history"])
+        _refuse_if(args.epochs < done, f"--epochs {args.epochs}: the run to continue has done "
+                   f"{done}; give {done} or more")
     check_args(args)
     if args.learning_rate is None:
         args.learning_rate = OPTIMIZERS[args.optimizer][1]["lr"]

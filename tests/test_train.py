@@ -308,7 +308,7 @@ def stopped(tmp_path):
     args, *_ = train.parse_args(["--optimizer", "sgd", "--lr", "0.2", "--rf", "8",
                                  "--data", "old"])
     save_checkpoint(tmp_path / "last.pth.tar", PneumoniaUNET(patch_size=2), optimizer={},
-                    args=plain_values(args))
+                    history=[{}, {}], args=plain_values(args))
     return ["--checkpoint", str(tmp_path / "last.pth.tar")]
 
 
@@ -325,6 +325,11 @@ def test_a_continued_run_does_not_keep_its_folders(stopped):
 def test_a_continued_run_refuses_another_recipe(stopped):
     with pytest.raises(InputError, match="--learning-rate 0.3: the run to continue has 0.2"):
         train.parse_args([*stopped, "--lr", "0.3"])
+
+
+def test_a_continued_run_refuses_fewer_epochs_than_it_has_done(stopped):
+    with pytest.raises(InputError, match="--epochs 1: the run to continue has done 2; give 2"):
+        train.parse_args([*stopped, "--epochs", "1"])
 
 
 def warm_start(tmp_path, model, *flags):
