@@ -2,6 +2,7 @@
 split.csv, metrics.json, and report.html with its pictures."""
 
 import argparse
+import csv
 import json
 import math
 import platform
@@ -116,10 +117,18 @@ class Records:
             else:
                 target.unlink(missing_ok=True)
 
-    def write_split(self, dataset: PneumoniaDataset, parts: dict[str, list[int]]) -> None:
-        """Writes split.csv: the part that each image belongs to."""
+    def write_split(self, dataset: PneumoniaDataset, parts: dict[str, list[int]],
+                    begun: Path | None = None) -> None:
+        """Writes split.csv: the part that each image belongs to. Tells what differs from `begun`,
+        the split.csv of a run to continue."""
         rows = [(dataset.patient_ids[index], name)
                 for name, part in parts.items() for index in part]
+        if begun and begun.exists():
+            with open(begun, newline="", encoding="utf-8") as file:
+                before = dict(csv.reader(file))
+            cli.warn("images are new to this run or in another part than before, because the data "
+                     "have changed: its scores may count images that it was trained on",
+                     [patient_id for patient_id, name in rows if before.get(patient_id) != name])
         cli.write_csv(self.folder / "split.csv", [("patientId", "split"), *rows])
 
     def report(self, evaluation: Evaluation, figures: dict[str, float], thresholds: Thresholds,

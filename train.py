@@ -297,9 +297,11 @@ def build_records(setup: Setup, args: argparse.Namespace,
         return contextlib.nullcontext()
     steps_done = setup.training.scheduler.last_epoch
     records = Records(Path(args.save), setup.arguments, history, steps_done)
-    records.write_split(setup.dataset, setup.parts)
+    begun = None
     if steps_done:  # a continued run
         records.take_along(Path(args.checkpoint))
+        begun = Path(args.checkpoint).with_name("split.csv")
+    records.write_split(setup.dataset, setup.parts, begun)
     return records
 
 

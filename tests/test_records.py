@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -39,3 +41,17 @@ def test_tensorboard_keeps_the_steps_that_are_done_and_no_other(tmp_path, steps_
             run.log_steps(done + steps, [0.5] * steps, 0.1)
     events = EventAccumulator(str(tmp_path / "logs")).Reload()
     assert [event.step for event in events.Scalars("steps/loss")] == [*kept, steps_done + 1]
+
+
+def test_a_run_that_goes_on_with_other_data_tells_which_images_changed_their_part(
+        tmp_path, capsys):
+    images = SimpleNamespace(patient_ids=["a", "b", "c", "d"])
+    with Records(tmp_path, {}, []) as run:
+        run.write_split(images, {"training": [0, 1], "validation": [2]})
+        assert not capsys.readouterr().out
+        begun = tmp_path / "split.csv"
+        run.write_split(images, {"training": [0, 2, 3], "validation": [1]}, begun)
+        told = capsys.readouterr().out
+        assert told.startswith("warning: 3 images are new") and told.endswith(": c, d, b\n")
+        run.write_split(images, {"training": [0, 2, 3], "validation": [1]}, begun)
+        assert not capsys.readouterr().out
