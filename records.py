@@ -152,15 +152,20 @@ class Records:
         scores = {f"final/{name}": figures[name] for name in ("rsna", "total", "auc")}
         compared = {key: str(self.arguments[key]) for key in COMPARED}
         self.writer.add_hparams(compared, scores, run_name=".")
-        record = {**_rename(figures), **thresholds.stored(), **sizes, "history": self.history,
+        history = [_finite(scores) for scores in self.history]
+        record = {**_rename(figures), **thresholds.stored(), **sizes, "history": history,
                   "arguments": self.arguments, "versions": versions(), "seconds": seconds}
         cli.write_text(self.folder / "metrics.json", json.dumps(record, indent=1))
 
 
 def _rename(figures):
-    """Figures under their names in metrics.json, where JSON has no NaN."""
-    return {METRIC_NAMES[name]: value if math.isfinite(value) else None
-            for name, value in figures.items()}
+    """Figures under their names in metrics.json."""
+    return {METRIC_NAMES[name]: value for name, value in _finite(figures).items()}
+
+
+def _finite(figures):
+    """Figures with None for NaN, which JSON does not have."""
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def plain_values(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import records
 import train
 from cli import InputError
+from metrics import Thresholds
 from model import PneumoniaUNET, choose_runtime
 from records import STATEFUL, Records, check_disk, resume
 
@@ -55,3 +57,13 @@ def test_a_run_that_goes_on_with_other_data_tells_which_images_changed_their_par
         assert told.startswith("warning: 3 images are new") and told.endswith(": c, d, b\n")
         run.write_split(images, {"training": [0, 2, 3], "validation": [1]}, begun)
         assert not capsys.readouterr().out
+
+
+def test_metrics_without_a_value_are_null_since_json_has_no_nan(tmp_path):
+    arguments = dict.fromkeys(records.COMPARED, 1)
+    figures = dict.fromkeys(records.METRIC_NAMES, 0.5) | {"auc": float("nan")}
+    with Records(tmp_path, arguments, [{"loss": 0.5, "auc": float("nan")}]) as run:
+        run.finish(figures, Thresholds(), {}, {})
+    text = (tmp_path / "metrics.json").read_text()
+    assert "NaN" not in text and json.loads(text)["history"] == [{"loss": 0.5, "auc": None}]
+    assert json.loads(text)["image_roc_auc"] is None
