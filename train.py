@@ -43,6 +43,7 @@ FUSED = {"adam": ("cpu", "cuda"), "adamw": ("cpu", "cuda"), "sgd": ("cpu", "cuda
 POSITIVE_WEIGHT = 2  # how much more often an image with opacities is drawn in training
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 DEBUG_EPOCHS, DEBUG_STEPS, DEBUG_VALIDATION_STEPS, DEBUG_IMAGES = 2, 50, 10, 100
+LARGEST_SEED = 10**9  # PyTorch takes 64 bits, of which seed_epoch needs some for the epochs
 RANK_SEED = 1009  # between the seeds of the processes' augmentation
 SHOWN, SHOWN_SIZE = 4, 512  # validation images in TensorBoard after every epoch; their pixels
 # flags that a continued run does not inherit, and those that it may change
@@ -112,7 +113,8 @@ def add_run_options(add: Callable) -> None:
         help="passes over the training images (default: %(default)s)")
     add("--debug", default=False, action=cli.Switch,
         help="a short run: 2 epochs of 50 steps, 100 images scored, no search (default: off)")
-    add("--seed", "-s", type=int, default=42, help="random seed (default: %(default)s)")
+    add("--seed", "-s", type=cli.bounded(0, LARGEST_SEED, int), default=42,
+        help="random seed (default: %(default)s)")
     add("--folds", type=cli.bounded(2, math.inf, int),
         help="cross-validation: number of folds, one of which is left out and scored")
     add("--fold", type=cli.bounded(0, math.inf, int), help="the fold that is left out, from 0")
