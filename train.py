@@ -340,7 +340,8 @@ def fit(setup: Setup, history: list[dict], records: Records | None) -> None:
         seed_epoch(setup, epoch)
         started = time.monotonic()
         train_loss = train_one_epoch(training, setup.loader, log)
-        images = len(setup.loader) * setup.loader.sampler.batch_size
+        images = min(len(setup.loader) * setup.loader.sampler.batch_size,
+                     len(setup.parts["training"]))
         speed = images / (time.monotonic() - started)
 
         evaluation = evaluate(training.model, setup.dataset, setup.validation, training.runtime,

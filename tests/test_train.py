@@ -1,8 +1,10 @@
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -188,6 +190,15 @@ def test_a_warm_start_from_a_finished_run_trains_all_its_epochs(finished, start,
     assert len(figures["history"]) == 1
     with pytest.raises(AssertionError):
         assert_same_weights(tmp_path / "final.pth.tar", save / "final.pth.tar")
+
+
+def test_a_batch_larger_than_the_set_counts_the_images_that_are_there(
+        start, tmp_path, monkeypatch):
+    clock = SimpleNamespace(monotonic=itertools.count().__next__)  # an epoch takes a second
+    monkeypatch.setattr(train, "time", clock)
+    _, lines = start(tmp_path, "--batch-size", "64", "--epochs", "1", "--no-save-images")
+    [epoch] = [line for line in lines if line.startswith("epoch 1/1")]
+    assert epoch.endswith(" 36.0 images/s")
 
 
 def test_a_fold_is_trained_without_and_scored_alone(start, tmp_path):
