@@ -380,6 +380,12 @@ def test_a_warm_start_refuses_images_too_small_for_its_network(tmp_path):
         warm_start(tmp_path, PneumoniaUNET(patch_size=4), "--rescale-factor", "16")
 
 
+def test_a_warm_start_refuses_one_image_of_so_few_patches_that_batchnorm_has_one_value(tmp_path):
+    flags = ["--rescale-factor", "8", "--batch-size", "1"]
+    with pytest.raises(InputError, match="--batch-size 1: with --rescale-factor 8.*give 2"):
+        warm_start(tmp_path, PneumoniaUNET(patch_size=4), *flags)
+
+
 @pytest.mark.parametrize("flags, thresholds", [
     ([], Thresholds(0.5, 0.8, "defaults")),
     (["--bt", "0.4"], Thresholds(0.4, 0.8, "given by flags")),
