@@ -24,7 +24,10 @@ from tqdm import tqdm
 FOLDERS = {"TRAINML_DATA_PATH": "data", "TRAINML_MODEL_PATH": ".", "TRAINML_OUTPUT_PATH": "output"}
 IMAGE_SIDE = 1024  # pixels a side in the challenge; the network sees IMAGE_SIDE / rescale_factor
 RESCALE_FACTORS = (1, 2, 4, 8, 16)
-RESULTS = ("images", "validation", "logs", "curves.png", "scores.png")  # in an output folder
+RESULTS = (  # in an output folder
+    "images", "validation", "logs", "curves.png", "scores.png", "report.html", "annotations.json",
+    "submission.csv", "skipped.csv", "split.csv", "metrics.json", "last.pth.tar",
+    "loss.best.pth.tar", "prec.best.pth.tar", "final.pth.tar")
 NAMED = 5  # items named in a warning; the rest are counted
 LOG_SECONDS = 30  # between progress lines in a job log
 FIRST_SECONDS = 10  # in which the first of several processes tells of an error
@@ -71,8 +74,8 @@ def require(path: str | Path, kind: str, *, flag: str, variable: str | None = No
 
 
 def result_folders(output: Path, data: Path) -> list[Path]:
-    """Folders and pictures of results that a search of `data` leaves out: `output` if it lies
-    inside, else those in it."""
+    """Folders and files of results that a search of `data` leaves out: `output` if it lies inside,
+    else those in it."""
     output = output.resolve()
     if data.resolve() in output.parents:
         return [output]

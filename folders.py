@@ -77,6 +77,7 @@ def find_radiographs(
             skipped += left_out
         else:
             found.append(source)
+    skipped = list(dict.fromkeys(skipped))  # sources may overlap
     folders = [source if source.is_dir() else source.parent for source in sources]
     if len(folders) == 1:
         return name_files(found, folders[0]), skipped

@@ -187,6 +187,11 @@ def test_a_file_that_is_found_twice_is_read_once(formats):
     assert files.keys() == {"a"}
 
 
+def test_a_file_that_is_skipped_twice_is_told_once(tmp_path):
+    (tmp_path / "notes.txt").write_text("text")
+    assert len(find_radiographs([tmp_path, tmp_path])[1]) == 1
+
+
 def test_pictures_of_an_earlier_run_are_not_searched(formats):
     files, _ = find_radiographs([formats / "images"], [formats / "images" / "png.png"])
     assert files.keys() == {"jpg", "LICENSE"}
