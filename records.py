@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import platform
+import shlex
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -53,7 +54,10 @@ class Records:
         last = self.folder / "last.pth.tar"
         was_stopped = kind is not None and issubclass(kind, (KeyboardInterrupt, RuntimeError))
         if was_stopped and self.history and last.exists():
-            print(f"continue with: python train.py --checkpoint {last} --save {self.folder}")
+            flags = {"checkpoint": last} | {
+                name: self.arguments[name] for name in ("data", "labels", "save")}
+            print("continue with: python train.py",
+                  *(f"--{name} {shlex.quote(str(path))}" for name, path in flags.items()))
 
     def log_steps(self, last_step: int, losses: Sequence[float], learning_rate: float) -> None:
         """Shows the losses of the steps up to the last one in TensorBoard."""

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import re
+import shlex
 from types import SimpleNamespace
 
 import numpy as np
@@ -143,14 +144,25 @@ def test_a_stopped_run_goes_on_to_the_same_end(finished, start, tmp_path, monkey
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
         patch.setattr(Records, "save_epoch", save_and_stop)
-        _, lines = start(tmp_path / "b", "--train-threshold", "--epochs", "2")
+        start(tmp_path / "b", "--train-threshold", "--epochs", "2")
     last = tmp_path / "b" / "last.pth.tar"
-    assert lines[-1] == f"continue with: python train.py --checkpoint {last} --save {last.parent}"
     again, _ = start(last.parent, "--checkpoint", last)
     assert_same_weights(save / "last.pth.tar", last)
     varying = ("seconds", "arguments")
     assert {key: value for key, value in again.items() if key not in varying} == {
         key: value for key, value in figures.items() if key not in varying}
+
+
+def test_a_stopped_run_tells_the_command_that_continues_it_with_all_its_paths(
+        start, tmp_path, phantoms, train_csv, monkeypatch):
+    monkeypatch.setattr(train, "hand_over", interrupt)
+    _, lines = start(tmp_path / "my run", "--epochs", "1")
+    start_of_line, command = lines[-1].split("python train.py ")
+    args, *_ = train.parse_args(shlex.split(command))
+    assert start_of_line == "continue with: "
+    assert args.checkpoint == str(tmp_path / "my run" / "last.pth.tar")
+    assert (args.data, args.labels, args.save) == tuple(map(str, (
+        phantoms / "stage_2_train_images", train_csv, tmp_path / "my run")))
 
 
 def test_a_run_stopped_before_its_first_epoch_does_not_offer_the_file_of_another(
