@@ -8,6 +8,7 @@ import shlex
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import SMALL, assert_same_weights
@@ -194,6 +195,18 @@ def test_a_run_that_goes_on_elsewhere_leaves_no_best_file_of_another_run(
     monkeypatch.setattr(train, "train_one_epoch", interrupt)
     start(another_run, "--checkpoint", scratch / "last.pth.tar", "--epochs", "3")
     assert {path.name for path in another_run.glob("*.tar")} == {"last.pth.tar"}
+
+
+@pytest.mark.parametrize("images, told", [(40, False), (30, True)])
+def test_a_run_that_goes_on_says_so_if_its_data_have_changed(
+        finished, start, train_csv, tmp_path, monkeypatch, images, told):
+    monkeypatch.setattr(train, "train_one_epoch", interrupt)
+    rows = pd.read_csv(train_csv)
+    kept = sorted(set(rows["patientId"]))[:images]
+    rows[rows["patientId"].isin(kept)].to_csv(tmp_path / "train.csv", index=False)
+    _, lines = start(tmp_path / "b", "--checkpoint", finished[0] / "last.pth.tar",
+                     "--epochs", "3", "--labels", tmp_path / "train.csv")
+    assert any("because the data have changed" in line for line in lines) == told
 
 
 def test_a_warm_start_from_a_finished_run_trains_all_its_epochs(finished, start, tmp_path):
