@@ -15,7 +15,7 @@ CURVE_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # box threshol
 CURVES = {  # of curves.png: {title: {name in the history: label}}
     "loss": {"train_loss": "training", "loss": "validation"},
     "average precision": {"rsna": "RSNA mean", "total": "total"},
-    "image ROC AUC": {"auc": "validation"}, "learning rate": {"learning_rate": "last step"}}
+    "image ROC AUC": {"auc": "validation"}, "learning rate": {"learning_rate": "after the epoch"}}
 GATES = [step / 50 for step in range(51)]
 
 

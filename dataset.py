@@ -179,13 +179,18 @@ def load_parts(labelled: Labelled, parts: Mapping[str, list[str]], *, rescale_fa
 def split(opacities: Mapping[str, bool], *, seed: int, folds: int | None = None,
           fold: int | None = None, limits: Mapping[str, int] | None = None) -> dict[str, list[str]]:
     """Splits {patient_id: has_opacity} into the ids of each part: "training", "validation" and,
-    with folds, "test"; `limits` caps their numbers by random choice."""
+    with folds, "test"; `limits` caps their numbers by random choice. Raises InputError for a part
+    without any."""
     test = {}
     if folds:
         outside, inside = split_fold(opacities, folds=folds, fold=fold)
         opacities, test = {key: opacities[key] for key in outside}, {"test": inside}
     training, validation = split_patients(opacities, seed=seed)
     parts = {"training": training, "validation": validation, **test}
+    for name, ids in parts.items():
+        if not ids:
+            raise InputError(f"--folds {folds} --fold {fold} leave no image for {name}: take "
+                             "another fold, fewer folds or more images")
     for name in parts.keys() & (limits or {}).keys():
         if len(parts[name]) > limits[name]:
             parts[name] = sorted(random.Random(seed).sample(parts[name], limits[name]))

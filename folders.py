@@ -15,7 +15,10 @@ TRAIN_IMAGES, TEST_IMAGES = "stage_2_train_images", "stage_2_test_images"
 MARKER = "synthetic.json"
 DICOM_SUFFIXES = {"", ".dcm", ".dicom", ".dic", ".ima"}  # and numbers; other files are opened
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
-RESULTS = ("images", "validation", "logs", "curves.png", "scores.png")  # of a run, not its input
+RESULTS = (  # of a run, not its input
+    "images", "validation", "logs", "curves.png", "scores.png", "report.html", "annotations.json",
+    "submission.csv", "skipped.csv", "split.csv", "metrics.json", "last.pth.tar",
+    "loss.best.pth.tar", "prec.best.pth.tar", "final.pth.tar")
 
 
 def patient_id_of(path: Path, folder: Path | None = None) -> str:
@@ -86,6 +89,7 @@ def find_radiographs(
             skipped += left_out
         else:
             found.append(source)
+    skipped = list(dict.fromkeys(skipped))  # sources may overlap
     folders = [source if source.is_dir() else source.parent for source in sources]
     if len(folders) == 1:
         return name_files(found, folders[0]), skipped

@@ -2,9 +2,11 @@
 logs, split.csv, metrics.json, and report.html with its pictures."""
 
 import argparse
+import csv
 import json
 import math
 import platform
+import shlex
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,7 +22,7 @@ from dataset import PneumoniaDataset
 from drawing import Overlay, draw_overlay, picture_writer
 from engine import Training
 from metrics import Evaluation, Thresholds, score_lines
-from model import PneumoniaUNET, load_checkpoint, save_checkpoint
+from model import PneumoniaUNET, save_checkpoint
 from report import row_of, write_report
 
 STATEFUL = ("optimizer", "scheduler", "scaler")  # what last.pth.tar adds to the model
@@ -34,12 +36,12 @@ COMPARED = ("batch_size", "epochs", "optimizer", "width", "rescale_factor", "lea
 class Records:
     """The files of a run in `folder`. Checkpoints hold its `arguments`, as plain values, and its
     `history`, a list to which the run adds the figures of each epoch. TensorBoard drops what it has
-    of `first_step` and later, which a continued run logs again."""
+    of steps after `steps_done`, which the run logs again."""
 
     def __init__(self, folder: Path, arguments: dict[str, Any], history: list[dict],
-                 first_step: int = 0):
+                 steps_done: int = 0):
         self.folder, self.arguments, self.history = folder, arguments, history
-        self.writer = SummaryWriter(folder / "logs", purge_step=first_step or None)
+        self.writer = SummaryWriter(folder / "logs", purge_step=steps_done + 1)
         self.writer.add_custom_scalars_multilinechart(
             ["loss/train", "loss/validation"], "loss", "both")
 
@@ -52,7 +54,10 @@ class Records:
         last = self.folder / "last.pth.tar"
         was_stopped = kind is not None and issubclass(kind, (KeyboardInterrupt, RuntimeError))
         if was_stopped and self.history and last.exists():
-            print(f"continue with: python train.py --checkpoint {last} --save {self.folder}")
+            flags = {"checkpoint": last} | {
+                name: self.arguments[name] for name in ("data", "labels", "save")}
+            print("continue with: python train.py",
+                  *(f"--{name} {shlex.quote(str(path))}" for name, path in flags.items()))
 
     def log_steps(self, last_step: int, losses: Sequence[float], learning_rate: float) -> None:
         """Logs the losses of the steps up to `last_step`, and the learning rate there."""
@@ -102,17 +107,32 @@ class Records:
         return {"rescale_factor": self.arguments["rescale_factor"], "args": self.arguments,
                 "history": self.history, **thresholds.stored()}
 
-    def take_best(self, source: Path) -> None:
-        """Copies the best files of the run in folder `source`, which continues here."""
-        for name in ("loss.best.pth.tar", "prec.best.pth.tar"):
-            if (source / name).exists() and not (self.folder / name).exists():
-                model, best = load_checkpoint(source / name)
-                save_checkpoint(self.folder / name, model, **best)
+    def take_along(self, checkpoint: Path) -> None:
+        """Copies the file that a run is continued from, and the best files beside it, if the run
+        goes on in another folder. Those of any other run there are replaced or deleted."""
+        if checkpoint.parent.resolve() == self.folder.resolve():
+            return
+        best = (checkpoint.with_name(name) for name in ("loss.best.pth.tar", "prec.best.pth.tar"))
+        for source in (checkpoint, *best):
+            target = self.folder / ("last.pth.tar" if source == checkpoint else source.name)
+            if source.exists():
+                with cli.atomic_write(target) as file:
+                    file.write(source.read_bytes())
+            else:
+                target.unlink(missing_ok=True)
 
-    def write_split(self, dataset: PneumoniaDataset, parts: dict[str, list[int]]) -> None:
-        """Writes split.csv: which part each image belongs to."""
+    def write_split(self, dataset: PneumoniaDataset, parts: dict[str, list[int]],
+                    begun: Path | None = None) -> None:
+        """Writes split.csv: which part each image belongs to. Prints what differs from
+        `begun`, the split.csv of a run to continue."""
         rows = [(dataset.patient_ids[index], name)
                 for name, part in parts.items() for index in part]
+        if begun and begun.exists():
+            with open(begun, newline="", encoding="utf-8") as file:
+                before = dict(csv.reader(file))
+            cli.warn("images are new to this run or in another part than before, because the data "
+                     "have changed: its scores may count images that it was trained on",
+                     [patient_id for patient_id, name in rows if before.get(patient_id) != name])
         cli.write_csv(self.folder / "split.csv", [("patientId", "split"), *rows])
 
     def report(self, evaluation: Evaluation, figures: dict[str, float], thresholds: Thresholds,
@@ -136,15 +156,20 @@ class Records:
         scores = {f"final/{name}": figures[name] for name in ("rsna", "total", "auc")}
         compared = {key: str(self.arguments[key]) for key in COMPARED}
         self.writer.add_hparams(compared, scores, run_name=".")
-        record = {**_rename(figures), **thresholds.stored(), **sizes, "history": self.history,
+        history = [_finite(scores) for scores in self.history]
+        record = {**_rename(figures), **thresholds.stored(), **sizes, "history": history,
                   "arguments": self.arguments, "versions": versions(), "seconds": seconds}
         cli.write_text(self.folder / "metrics.json", json.dumps(record, indent=1))
 
 
 def _rename(figures):
-    """Figures by their names in metrics.json; None for NaN, which JSON lacks."""
-    return {METRIC_NAMES[name]: value if math.isfinite(value) else None
-            for name, value in figures.items()}
+    """Figures by their names in metrics.json."""
+    return {METRIC_NAMES[name]: value for name, value in _finite(figures).items()}
+
+
+def _finite(figures):
+    """Figures with None for NaN, which JSON lacks."""
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def plain_values(args: argparse.Namespace) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from dataset import Augmentation, PneumoniaDataset, find_labelled, load_parts, s
 from drawing import IMAGE_SIZE
 from engine import Training, evaluate, overlays, train_one_epoch
 from metrics import Thresholds, choose_thresholds, score_lines, summarize
-from model import PneumoniaUNET, Runtime, choose_runtime, load_checkpoint
+from model import FEWEST_PATCHES, PneumoniaUNET, Runtime, choose_runtime, load_checkpoint
 from records import Records, check_disk, plain_values, resume
 
 OPTIMIZERS = {  # class, default overrides
@@ -44,6 +44,7 @@ FUSED = {"adam": ("cpu", "cuda"), "adamw": ("cpu", "cuda"), "sgd": ("cpu", "cuda
 POSITIVE_WEIGHT = 2  # how much more often an image with opacities is drawn in training
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 DEBUG_EPOCHS, DEBUG_STEPS, DEBUG_VALIDATION_STEPS, DEBUG_IMAGES = 2, 50, 10, 100
+LARGEST_SEED = 10**9  # PyTorch takes 64 bits, of which seed_epoch needs some for the epochs
 RANK_SEED = 1009  # difference between the augmentation seeds of neighbouring ranks
 SHOWN, SHOWN_SIZE = 4, 512  # validation images in TensorBoard every epoch; their longest side
 # flags that a continued run does not inherit, and those that it may change
@@ -113,7 +114,8 @@ def add_run_options(add: Callable) -> None:
         help="passes over the training images (default: %(default)s)")
     add("--debug", default=False, action=cli.Switch,
         help="a short run: 2 epochs of 50 steps, 100 images scored, no search (default: off)")
-    add("--seed", "-s", type=int, default=42, help="random seed (default: %(default)s)")
+    add("--seed", "-s", type=cli.bounded(0, LARGEST_SEED, int), default=42,
+        help="random seed (default: %(default)s)")
     add("--folds", type=cli.bounded(2, math.inf, int),
         help="cross-validation: number of folds, one of which is left out and scored")
     add("--fold", type=cli.bounded(0, math.inf, int), help="the fold that is left out, from 0")
@@ -178,6 +180,9 @@ def parse_args(argv: Sequence[str] | None = None,
             flag = f"--{key.replace('_', '-')} {getattr(args, key)}"
             _refuse_if(getattr(args, key) != stored[key],
                        f"{flag}: the run to continue has {stored[key]}; leave the flag out")
+        done = len(state["history"])
+        _refuse_if(args.epochs < done, f"--epochs {args.epochs}: the run to continue has done "
+                   f"{done}; give {done} or more")
     check_args(args)
     if args.learning_rate is None:
         args.learning_rate = OPTIMIZERS[args.optimizer][1]["lr"]
@@ -244,6 +249,10 @@ def build_model(args: argparse.Namespace, model: PneumoniaUNET | None = None) ->
         _refuse_if(getattr(args, key, value) != value, f"the checkpoint's network has {key} "
                    f"{value}: give --{key.replace('_', '-')} {value}")
     model.check_side(args.rescale_factor)
+    patches = cli.IMAGE_SIDE // args.rescale_factor // model.patch_size
+    _refuse_if(args.batch_size == 1 and patches == FEWEST_PATCHES,
+               f"--batch-size 1: with --rescale-factor {args.rescale_factor} the checkpoint's "
+               "network has one value a channel in its middle, too few for BatchNorm; give 2")
     return model
 
 
@@ -293,11 +302,15 @@ def build_records(setup: Setup, args: argparse.Namespace,
     """The Records of the run in --save; None in all processes but the first."""
     if setup.training.runtime.rank > 0:
         return contextlib.nullcontext()
-    first_step = setup.training.scheduler.last_epoch
-    records = Records(Path(args.save), setup.arguments, history, first_step)
-    records.write_split(setup.dataset, setup.parts)
-    if first_step:  # a continued run
-        records.take_best(Path(args.checkpoint).parent)
+    final, steps_done = Path(args.save, "final.pth.tar"), setup.training.scheduler.last_epoch
+    if final.exists():
+        print(f"{final} is that of an earlier run until this one ends")
+    records = Records(Path(args.save), setup.arguments, history, steps_done)
+    begun = None
+    if steps_done:  # a continued run
+        records.take_along(Path(args.checkpoint))
+        begun = Path(args.checkpoint).with_name("split.csv")
+    records.write_split(setup.dataset, setup.parts, begun)
     return records
 
 
@@ -334,7 +347,8 @@ def fit(setup: Setup, history: list[dict], records: Records | None) -> None:
         seed_epoch(setup, epoch)
         started = time.monotonic()
         train_loss = train_one_epoch(training, setup.loader, log)
-        images = len(setup.loader) * setup.loader.sampler.batch_size
+        images = min(len(setup.loader) * setup.loader.sampler.batch_size,
+                     len(setup.parts["training"]))
         speed = images / (time.monotonic() - started)
 
         evaluation = evaluate(training.model, setup.dataset, setup.validation, training.runtime,

@@ -200,6 +200,13 @@ def test_with_folds_training_and_validation_split_what_is_outside_the_fold():
     assert len(parts["validation"]) == pytest.approx(len(outside) / 10, abs=1)
 
 
+@pytest.mark.parametrize("images, folds, part", [(10, 2, "validation"), (40, 200, "test")])
+def test_a_fold_that_leaves_a_part_empty_is_refused(images, folds, part):
+    labels = {str(number): number % 2 == 0 for number in range(images)}
+    with pytest.raises(InputError, match=f"--folds {folds} --fold 0 leave no image for {part}"):
+        ds.split(labels, seed=1, folds=folds, fold=0)
+
+
 LIMITS = {"training": 5, "test": 1}
 
 

@@ -197,6 +197,11 @@ def test_only_results_are_left_out_of_the_data(tmp_path, output, left_out):
     assert found == [tmp_path / name for name in left_out]
 
 
+def test_a_file_that_is_skipped_twice_is_listed_once(tmp_path):
+    (tmp_path / "notes.txt").write_text("text")
+    assert len(find_radiographs([tmp_path, tmp_path])[1]) == 1
+
+
 def test_pictures_of_an_earlier_run_are_not_searched(formats):
     files, _ = find_radiographs([formats / "images"], [formats / "images" / "png.png"])
     assert files.keys() == {"jpg", "LICENSE"}

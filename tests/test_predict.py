@@ -91,6 +91,12 @@ def test_nothing_to_predict_is_status_1(square, checkpoint, tmp_path):
     assert read_annotations(output) == {} and (output / "skipped.csv").exists()
 
 
+def test_results_among_the_images_are_not_skipped_files_of_the_next_run(square, checkpoint):
+    for _ in range(2):
+        assert run(square, checkpoint, square) == 0
+    assert not (square / "skipped.csv").exists()
+
+
 def test_a_run_that_skips_nothing_removes_the_report_of_before(square, checkpoint, tmp_path):
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "skipped.csv").write_text("old")

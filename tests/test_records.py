@@ -1,11 +1,16 @@
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import records
 import train
 from cli import InputError
+from metrics import Thresholds
 from model import PneumoniaUNET, choose_runtime
-from records import STATEFUL, check_disk, resume
+from records import STATEFUL, Records, check_disk, resume
 
 CPU = choose_runtime("cpu", "fp32")
 
@@ -29,3 +34,36 @@ def test_too_little_room_for_checkpoints_is_found_out_before_training(tmp_path, 
     monkeypatch.setattr(records.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(InputError, match="5 MB left.*--save"):
         check_disk(tmp_path, PneumoniaUNET())
+
+
+@pytest.mark.parametrize("steps_done, kept", [(0, []), (2, [1, 2])])
+def test_tensorboard_keeps_the_steps_that_are_done_and_no_other(tmp_path, steps_done, kept):
+    for done, steps in ((0, 3), (steps_done, 1)):
+        with Records(tmp_path, {}, [], done) as run:
+            run.log_steps(done + steps, [0.5] * steps, 0.1)
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    assert [event.step for event in events.Scalars("steps/loss")] == [*kept, steps_done + 1]
+
+
+def test_a_run_that_goes_on_with_other_data_tells_which_images_changed_their_part(
+        tmp_path, capsys):
+    images = SimpleNamespace(patient_ids=["a", "b", "c", "d"])
+    with Records(tmp_path, {}, []) as run:
+        run.write_split(images, {"training": [0, 1], "validation": [2]})
+        assert not capsys.readouterr().out
+        begun = tmp_path / "split.csv"
+        run.write_split(images, {"training": [0, 2, 3], "validation": [1]}, begun)
+        told = capsys.readouterr().out
+        assert told.startswith("warning: 3 images are new") and told.endswith(": c, d, b\n")
+        run.write_split(images, {"training": [0, 2, 3], "validation": [1]}, begun)
+        assert not capsys.readouterr().out
+
+
+def test_metrics_without_a_value_are_null_since_json_has_no_nan(tmp_path):
+    arguments = dict.fromkeys(records.COMPARED, 1)
+    figures = dict.fromkeys(records.METRIC_NAMES, 0.5) | {"auc": float("nan")}
+    with Records(tmp_path, arguments, [{"loss": 0.5, "auc": float("nan")}]) as run:
+        run.finish(figures, Thresholds(), {}, {})
+    text = (tmp_path / "metrics.json").read_text()
+    assert "NaN" not in text and json.loads(text)["history"] == [{"loss": 0.5, "auc": None}]
+    assert json.loads(text)["image_roc_auc"] is None

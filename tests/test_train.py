@@ -1,10 +1,14 @@
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import re
+import shlex
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import SMALL, assert_same_weights
@@ -19,6 +23,7 @@ from model import PneumoniaUNET, choose_runtime, load_checkpoint, save_checkpoin
 from records import METRIC_NAMES, Records, plain_values
 
 CPU = choose_runtime("cpu", "fp32")
+CONTINUED = ("last.pth.tar", "loss.best.pth.tar", "prec.best.pth.tar")  # what a run goes on with
 
 
 # Whole runs
@@ -140,14 +145,33 @@ def test_a_stopped_run_goes_on_to_the_same_end(finished, start, tmp_path, monkey
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
         patch.setattr(Records, "save_epoch", save_and_stop)
-        _, lines = start(tmp_path / "b", "--train-threshold", "--epochs", "2")
+        start(tmp_path / "b", "--train-threshold", "--epochs", "2")
     last = tmp_path / "b" / "last.pth.tar"
-    assert lines[-1] == f"continue with: python train.py --checkpoint {last} --save {last.parent}"
     again, _ = start(last.parent, "--checkpoint", last)
     assert_same_weights(save / "last.pth.tar", last)
     varying = ("seconds", "arguments")
     assert {key: value for key, value in again.items() if key not in varying} == {
         key: value for key, value in figures.items() if key not in varying}
+
+
+def test_a_stopped_run_tells_the_command_that_continues_it_with_all_its_paths(
+        start, tmp_path, phantoms, train_csv, monkeypatch):
+    monkeypatch.setattr(train, "hand_over", interrupt)
+    _, lines = start(tmp_path / "my run", "--epochs", "1")
+    start_of_line, command = lines[-1].split("python train.py ")
+    args, *_ = train.parse_args(shlex.split(command))
+    assert start_of_line == "continue with: "
+    assert args.checkpoint == str(tmp_path / "my run" / "last.pth.tar")
+    assert (args.data, args.labels, args.save) == tuple(map(str, (
+        phantoms / "stage_2_train_images", train_csv, tmp_path / "my run")))
+
+
+def test_a_run_says_that_the_final_file_in_its_folder_is_of_another(scratch, start, monkeypatch):
+    final = scratch / "final.pth.tar"
+    final.touch()
+    monkeypatch.setattr(train, "train_one_epoch", interrupt)
+    _, lines = start(scratch)
+    assert f"{final} is that of an earlier run until this one ends" in lines
 
 
 def test_a_run_stopped_before_its_first_epoch_does_not_offer_the_file_of_another(
@@ -157,13 +181,40 @@ def test_a_run_stopped_before_its_first_epoch_does_not_offer_the_file_of_another
     assert figures is None and lines and not any("continue with" in line for line in lines)
 
 
-def test_a_run_that_goes_on_elsewhere_takes_its_best_files_along(
-        finished, start, tmp_path, monkeypatch):
+@pytest.fixture
+def another_run(tmp_path):
+    """A folder with the files of another run."""
+    for name in CONTINUED:
+        save_checkpoint(tmp_path / name, PneumoniaUNET(width=4))
+    return tmp_path
+
+
+def test_a_run_that_goes_on_elsewhere_takes_its_files_along(
+        finished, start, another_run, monkeypatch):
     monkeypatch.setattr(train, "train_one_epoch", interrupt)
     save, *_ = finished
-    start(tmp_path / "b", "--checkpoint", save / "last.pth.tar", "--epochs", "3")
-    for name in ("loss.best.pth.tar", "prec.best.pth.tar"):
-        assert_same_weights(tmp_path / "b" / name, save / name)
+    start(another_run, "--checkpoint", save / "last.pth.tar", "--epochs", "3")
+    for name in CONTINUED:
+        assert (another_run / name).read_bytes() == (save / name).read_bytes(), name
+
+
+def test_a_run_that_goes_on_elsewhere_leaves_no_best_file_of_another_run(
+        scratch, start, another_run, monkeypatch):
+    monkeypatch.setattr(train, "train_one_epoch", interrupt)
+    start(another_run, "--checkpoint", scratch / "last.pth.tar", "--epochs", "3")
+    assert {path.name for path in another_run.glob("*.tar")} == {"last.pth.tar"}
+
+
+@pytest.mark.parametrize("images, told", [(40, False), (30, True)])
+def test_a_run_that_goes_on_says_so_if_its_data_have_changed(
+        finished, start, train_csv, tmp_path, monkeypatch, images, told):
+    monkeypatch.setattr(train, "train_one_epoch", interrupt)
+    rows = pd.read_csv(train_csv)
+    kept = sorted(set(rows["patientId"]))[:images]
+    rows[rows["patientId"].isin(kept)].to_csv(tmp_path / "train.csv", index=False)
+    _, lines = start(tmp_path / "b", "--checkpoint", finished[0] / "last.pth.tar",
+                     "--epochs", "3", "--labels", tmp_path / "train.csv")
+    assert any("because the data have changed" in line for line in lines) == told
 
 
 def test_a_warm_start_from_a_finished_run_trains_all_its_epochs(finished, start, tmp_path):
@@ -172,6 +223,15 @@ def test_a_warm_start_from_a_finished_run_trains_all_its_epochs(finished, start,
     assert len(figures["history"]) == 1
     with pytest.raises(AssertionError):
         assert_same_weights(tmp_path / "final.pth.tar", save / "final.pth.tar")
+
+
+def test_a_batch_larger_than_the_set_counts_the_images_that_are_there(
+        start, tmp_path, monkeypatch):
+    clock = SimpleNamespace(monotonic=itertools.count().__next__)  # an epoch takes a second
+    monkeypatch.setattr(train, "time", clock)
+    _, lines = start(tmp_path, "--batch-size", "64", "--epochs", "1", "--no-save-images")
+    [epoch] = [line for line in lines if line.startswith("epoch 1/1")]
+    assert epoch.endswith(" 36.0 images/s")
 
 
 def test_a_fold_is_trained_without_and_scored_alone(start, tmp_path):
@@ -279,7 +339,7 @@ def test_flags_that_cannot_act_are_refused(argv, message):
 
 @pytest.mark.parametrize("flags", [
     ["--epochs", "0"], ["--lr", "-1"], ["--lr", "nan"], ["--bs", "x"], ["--bt", "2"],
-    ["--rf", "3"], ["--optimizer", "lion"]])
+    ["--rf", "3"], ["--optimizer", "lion"], ["--seed", "-1"], ["--seed", "1000000001"]])
 def test_values_out_of_range_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         train.parse_args(flags)
@@ -292,7 +352,7 @@ def stopped(tmp_path):
     args, *_ = train.parse_args(["--optimizer", "sgd", "--lr", "0.2", "--rf", "8",
                                  "--data", "old"])
     save_checkpoint(tmp_path / "last.pth.tar", PneumoniaUNET(patch_size=2), optimizer={},
-                    args=plain_values(args))
+                    history=[{}, {}], args=plain_values(args))
     return ["--checkpoint", str(tmp_path / "last.pth.tar")]
 
 
@@ -309,6 +369,11 @@ def test_a_continued_run_does_not_keep_its_folders(stopped):
 def test_a_continued_run_refuses_another_recipe(stopped):
     with pytest.raises(InputError, match="--learning-rate 0.3: the run to continue has 0.2"):
         train.parse_args([*stopped, "--lr", "0.3"])
+
+
+def test_a_continued_run_refuses_fewer_epochs_than_it_has_done(stopped):
+    with pytest.raises(InputError, match="--epochs 1: the run to continue has done 2; give 2"):
+        train.parse_args([*stopped, "--epochs", "1"])
 
 
 def warm_start(tmp_path, model, *flags):
@@ -346,6 +411,12 @@ def test_a_warm_start_refuses_images_too_small_for_its_network(tmp_path):
     message = "--rescale-factor 16 makes images of 64 pixels.*give 8 or less"
     with pytest.raises(InputError, match=message):
         warm_start(tmp_path, PneumoniaUNET(patch_size=4), "--rescale-factor", "16")
+
+
+def test_a_warm_start_refuses_one_image_of_so_few_patches_that_batchnorm_has_one_value(tmp_path):
+    flags = ["--rescale-factor", "8", "--batch-size", "1"]
+    with pytest.raises(InputError, match="--batch-size 1: with --rescale-factor 8.*give 2"):
+        warm_start(tmp_path, PneumoniaUNET(patch_size=4), *flags)
 
 
 @pytest.mark.parametrize("flags, thresholds", [
