@@ -96,14 +96,19 @@ class PneumoniaUNET(nn.Module):
         patch_size = max(1, IMAGE_SIDE // rescale_factor // PATCHES_PER_SIDE)
         return cls(patch_size=patch_size, **options)
 
-    def check_side(self, rescale_factor: int) -> None:
-        """Raises InputError if images would have fewer than FEWEST_PATCHES a side."""
+    def check_side(self, rescale_factor: int, batch_size: int | None = None) -> None:
+        """Raises InputError if images would have fewer than FEWEST_PATCHES a side or, in training
+        in such batches, BatchNorm a single value per channel."""
         side, smallest = IMAGE_SIDE // rescale_factor, FEWEST_PATCHES * self.patch_size
         if side < smallest:
             raise InputError(
                 f"--rescale-factor {rescale_factor} makes images of {side} pixels a side, the "
                 f"checkpoint's network takes {smallest} and more: give {IMAGE_SIDE // smallest} or "
                 "less")
+        if side == smallest and batch_size == 1:
+            raise InputError(
+                f"--batch-size 1 leaves BatchNorm one value per channel at --rescale-factor "
+                f"{rescale_factor}: give 2 or more")
 
     def _initialize(self, alpha_leaky):
         """He initialization (arXiv:1502.01852); the last bias is a prior (arXiv:1708.02002)."""

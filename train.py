@@ -29,7 +29,7 @@ from dataset import Augmentation, PneumoniaDataset, find_labelled, load_parts, s
 from drawing import IMAGE_SIZE
 from engine import Training, evaluate, overlays, train_one_epoch
 from metrics import Thresholds, choose_thresholds, score_lines, summarize
-from model import FEWEST_PATCHES, PneumoniaUNET, Runtime, choose_runtime, load_checkpoint
+from model import PneumoniaUNET, Runtime, choose_runtime, load_checkpoint
 from records import Records, check_disk, plain_values, resume
 
 OPTIMIZERS = {  # class, default overrides
@@ -248,11 +248,7 @@ def build_model(args: argparse.Namespace, model: PneumoniaUNET | None = None) ->
     for key, value in model.config.items():
         _refuse_if(getattr(args, key, value) != value, f"the checkpoint's network has {key} "
                    f"{value}: give --{key.replace('_', '-')} {value}")
-    model.check_side(args.rescale_factor)
-    patches = cli.IMAGE_SIDE // args.rescale_factor // model.patch_size
-    _refuse_if(args.batch_size == 1 and patches == FEWEST_PATCHES,
-               f"--batch-size 1: with --rescale-factor {args.rescale_factor} the checkpoint's "
-               "network has one value a channel in its middle, too few for BatchNorm; give 2")
+    model.check_side(args.rescale_factor, args.batch_size)
     return model
 
 

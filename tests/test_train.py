@@ -415,7 +415,7 @@ def test_a_warm_start_refuses_images_too_small_for_its_network(tmp_path):
 
 def test_a_warm_start_refuses_one_image_of_so_few_patches_that_batchnorm_has_one_value(tmp_path):
     flags = ["--rescale-factor", "8", "--batch-size", "1"]
-    with pytest.raises(InputError, match="--batch-size 1: with --rescale-factor 8.*give 2"):
+    with pytest.raises(InputError, match="--batch-size 1 leaves BatchNorm one value.*give 2"):
         warm_start(tmp_path, PneumoniaUNET(patch_size=4), *flags)
 
 
