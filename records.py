@@ -108,8 +108,8 @@ class Records:
                 "history": self.history, **thresholds.stored()}
 
     def take_along(self, checkpoint: Path) -> None:
-        """Copies the file that a run is continued from, and the best files beside it, if the run
-        goes on in another folder. Those of any other run there are replaced or deleted."""
+        """If a run continues in another folder than that of its `checkpoint`, copies this file and
+        the best files beside it, and deletes best files of any other run here."""
         if checkpoint.parent.resolve() == self.folder.resolve():
             return
         best = (checkpoint.with_name(name) for name in ("loss.best.pth.tar", "prec.best.pth.tar"))
@@ -123,15 +123,15 @@ class Records:
 
     def write_split(self, dataset: PneumoniaDataset, parts: dict[str, list[int]],
                     begun: Path | None = None) -> None:
-        """Writes split.csv: which part each image belongs to. Prints what differs from
-        `begun`, the split.csv of a run to continue."""
+        """Writes split.csv: which part each image belongs to. Warns of images that are in another
+        part than in `begun`, the split.csv of a run to continue."""
         rows = [(dataset.patient_ids[index], name)
                 for name, part in parts.items() for index in part]
         if begun and begun.exists():
             with open(begun, newline="", encoding="utf-8") as file:
                 before = dict(csv.reader(file))
-            cli.warn("images are new to this run or in another part than before, because the data "
-                     "have changed: its scores may count images that it was trained on",
+            cli.warn("images are new or have moved to another part, because the data have changed "
+                     "since the run began: its scores may include images it was trained on",
                      [patient_id for patient_id, name in rows if before.get(patient_id) != name])
         cli.write_csv(self.folder / "split.csv", [("patientId", "split"), *rows])
 

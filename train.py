@@ -300,7 +300,7 @@ def build_records(setup: Setup, args: argparse.Namespace,
         return contextlib.nullcontext()
     final, steps_done = Path(args.save, "final.pth.tar"), setup.training.scheduler.last_epoch
     if final.exists():
-        print(f"{final} is that of an earlier run until this one ends")
+        print(f"{final} is from before this run, which replaces it at its end")
     records = Records(Path(args.save), setup.arguments, history, steps_done)
     begun = None
     if steps_done:  # a continued run

@@ -171,7 +171,7 @@ def test_a_run_says_that_the_final_file_in_its_folder_is_of_another(scratch, sta
     final.touch()
     monkeypatch.setattr(train, "train_one_epoch", interrupt)
     _, lines = start(scratch)
-    assert f"{final} is that of an earlier run until this one ends" in lines
+    assert f"{final} is from before this run, which replaces it at its end" in lines
 
 
 def test_a_run_stopped_before_its_first_epoch_does_not_offer_the_file_of_another(
