@@ -8,7 +8,6 @@ import errno
 import io
 import math
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -226,7 +225,7 @@ def _explain(error):
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         path = error.filename or "output"
         return 1, f"{error.strerror}: {path}; what was written before is intact"
-    if isinstance(error, RuntimeError) and re.search("(closed|reset) by peer", text):  # Gloo
+    if isinstance(error, RuntimeError) and "gloo/transport" in text:
         return 1, "another process of this run has ended"
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
         return 1, "out of memory: lower --batch-size or raise --rescale-factor"
@@ -246,15 +245,16 @@ def run(main: Callable[[], int | None]) -> None:
         sys.stdout = open(os.devnull, "w")
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        status, message = main(), ""
-    except KeyboardInterrupt as stop:
+        try:
+            status, message = main(), ""
+        except Exception as error:
+            status, reason = _explain(error)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the message is printed whole
+            _let_first_report()
+            message = f"error: {reason}"
+    except KeyboardInterrupt as stop:  # possibly while an error is explained
         status = 128 + (stop.args[0] if stop.args else signal.SIGINT)
         message = "stopped" if _is_first() else ""
-    except Exception as error:
-        status, reason = _explain(error)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the message is printed whole
-        _let_first_report()
-        message = f"error: {reason}"
     if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)

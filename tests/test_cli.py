@@ -3,10 +3,13 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import cli
 
@@ -242,6 +245,10 @@ def end(capsys, monkeypatch):
      "error: out of memory: lower --batch-size or raise --rescale-factor"),
     (RuntimeError("CUDA out of memory. Tried to"), 1,
      "error: out of memory: lower --batch-size or raise --rescale-factor"),
+    (RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer"), 1,
+     "error: another process of this run has ended"),
+    (RuntimeError("[gloo/transport/tcp/pair.cc:393] writev: Broken pipe"), 1,
+     "error: another process of this run has ended"),
     (KeyboardInterrupt(), 130, "stopped"), (KeyboardInterrupt(15), 143, "stopped"),
 ])
 def test_errors_are_one_line_and_a_status(end, error, status, message):
@@ -264,3 +271,27 @@ def test_an_error_that_nobody_expects_keeps_its_traceback(monkeypatch, error):
     with pytest.raises(type(error)) as found:
         cli.run(main)
     assert found.value is error
+
+
+STOPPED_WHILE_IT_EXPLAINS = """
+import os, signal
+import cli
+
+class Error(RuntimeError):
+    def __str__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return "the first process has ended"
+
+def main():
+    raise Error
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("rank, lines", [("0", ["-c: stopped"]), ("1", [])])
+def test_a_process_that_is_stopped_while_it_explains_an_error_has_no_traceback(rank, lines):
+    process = subprocess.run([sys.executable, "-c", STOPPED_WHILE_IT_EXPLAINS], text=True,
+                             env=os.environ | {"LOCAL_RANK": rank, "PYTHONPATH": str(ROOT)},
+                             stderr=subprocess.PIPE)
+    assert (process.returncode, process.stderr.splitlines()) == (143, lines)
