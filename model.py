@@ -1,6 +1,7 @@
 """The U-Net that segments lung opacities, where it runs, and its checkpoint files."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -228,6 +229,8 @@ def _read_checkpoint(path, device):
             checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # a broken or hostile file raises many types
         reason = " ".join(str(error).split()) or type(error).__name__
+        # the cause alone: PyTorch's advice around it is to load the file unsafely
+        reason = re.sub(".*WeightsUnpickler error: | (Please use|Check the doc).*", "", reason)
         raise InputError(
             f"{path} is not a checkpoint that can be loaded safely: {reason:.200}") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):

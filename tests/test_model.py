@@ -201,6 +201,16 @@ def test_bad_checkpoints_are_refused_in_one_line(tmp_path, content, message):
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
+@pytest.mark.parametrize("content, cause", [
+    (b"no checkpoint", "Unsupported operand 110"),
+    (saved({"state_dict": {}, "x": Hostile()}), "Unsupported global: .* by default.")])
+def test_a_refusal_names_the_cause_without_advice_to_load_unsafely(tmp_path, content, cause):
+    path = tmp_path / "bad.pth.tar"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"{UNSAFE}: {cause}$"):
+        load_checkpoint(path)
+
+
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "a.pth.tar"
     save_checkpoint(path, PneumoniaUNET())
