@@ -18,15 +18,18 @@ PAGE = Template("""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Lung opacities</title><link rel="icon" href="data:,">
 <style>
 body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem }
-table { border-collapse: collapse } #rows { table-layout: fixed; width: 100% }
+table { border-collapse: collapse } #rows { table-layout: fixed; width: 100%; min-width: 58rem }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #ccc; text-align: left }
 td { overflow-wrap: anywhere } #rows th { position: sticky; top: 0; background: #fff }
-#rows th + th { cursor: pointer } #rows th:nth-child(2) { width: 33% }
+#rows th + th { cursor: pointer }
+#rows th:first-child { width: 128px } #rows th:nth-child(2) { width: 33% }
 .plot, dialog img { max-width: 100%; max-height: 92vh }
 td img { display: block; width: 128px; height: 128px; object-fit: contain; background: #000 }
 dialog { border: 0; padding: 0; background: #000 } form > * { font: inherit; margin-right: 1rem }
 </style>
-<h1>Lung opacities</h1><p>$lines</p>
+<h1>Lung opacities</h1>
+<p><strong>For illustration and learning only. Not for clinical use.</strong></p>
+<p>$lines</p>
 $decisions $plots
 <form onsubmit="return false"><select><option value="">all results<option>found<option>not found
 <option>skipped</select><input type="search" placeholder="search an id"><output></output></form>
@@ -89,7 +92,8 @@ def write_report(folder: Path, rows: Iterable[Row], *, lines: Sequence[str],
     rows = sorted(rows, key=lambda row: [
         math.inf if math.isnan(value) else value for value in (row.score, -row.confidence)])
     labelled = [row for row in rows if row.true_boxes is not None]
-    names = ["picture", "id", "result", "confidence", "true boxes", "score"][:6 if labelled else 4]
+    names = ["picture", "id", "result", "highest probability", "true boxes", "score"]
+    names = names[:6 if labelled else 4]
     path = folder / "report.html"
     write_text(path, PAGE.substitute(
         lines="<br>".join(map(escape, lines)), decisions=_decisions(labelled) if labelled else "",

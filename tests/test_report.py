@@ -65,6 +65,10 @@ def test_without_truth_there_are_no_decisions_and_scores(tmp_path):
     assert "with an opacity" not in page and "<th>score" not in page
 
 
+def test_the_page_says_that_it_is_not_for_clinical_use(tmp_path):
+    assert "Not for clinical use." in write(tmp_path, [predicted("a", 0.9)])
+
+
 # Text and links
 
 
