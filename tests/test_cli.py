@@ -92,7 +92,7 @@ def test_infinity_is_refused_where_no_upper_bound_is_set():
     (["--x", "0"], "argument --x: 0 is not 1 or more"),
     (["--x", "one"], "argument --x: invalid number value: 'one'"),
     (["--y"], "unrecognized arguments: --y")])
-def test_a_flag_that_cannot_be_is_one_line_and_status_2(capsys, flags, message):
+def test_an_unusable_flag_is_one_line_and_status_2(capsys, flags, message):
     parser = cli.Parser(prog="train.py")
     parser.add_argument("--x", type=cli.bounded(1, float("inf"), int))
     with pytest.raises(SystemExit) as stop:
@@ -116,7 +116,7 @@ def test_a_switch_is_turned_on_and_off(flags, value):
 
 @pytest.mark.parametrize("flag, value", [
     ("--rf", "3"), ("--bs", "0"), ("--workers", "0"), ("--device", "tpu"), ("--precision", "fp8")])
-def test_runtime_options_refuse_what_cannot_be(flag, value, capsys):
+def test_runtime_options_refuse_unusable_values(flag, value, capsys):
     parser = cli.Parser()
     parser.add_runtime_options(batch_size=8, rescale_factor=4)
     with pytest.raises(SystemExit):
@@ -263,7 +263,7 @@ def test_a_script_ends_with_the_status_of_its_main(end, status):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a fault"), OSError(5, "Input/output error")])
-def test_an_error_that_nobody_expects_keeps_its_traceback(monkeypatch, error):
+def test_an_unexpected_error_keeps_its_traceback(monkeypatch, error):
     def main():
         raise error
     monkeypatch.setattr("signal.signal", lambda *_: None)

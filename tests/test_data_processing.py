@@ -45,7 +45,7 @@ def test_training_csv_has_one_row_per_label_row(study, capsys):
     assert "warning" not in capsys.readouterr().out
 
 
-def test_prediction_csv(study):
+def test_predict_csv_has_one_row_per_image(study):
     dp.main(["--type", "prediction", "--images", str(study / "images"), "--output", str(study)])
     assert (study / "predict.csv").read_text().splitlines()[:2] == [
         "patientId,PatientSex,PatientAge,ViewPosition", "a,F,62,PA"]
@@ -54,7 +54,7 @@ def test_prediction_csv(study):
 @pytest.mark.parametrize("value, age", [
     ("62", 62), ("062Y", 62), ("006M", 0.5), ("151", None), ("120", None), ("119", 119),
     ("", None), (None, None), ("old", None)])
-def test_ages(value, age):
+def test_ages_become_years_and_unreadable_or_impossible_ones_nothing(value, age):
     assert dp._age(value) == age
 
 

@@ -76,7 +76,7 @@ def test_a_batch_does_not_change_what_is_stored(small_dataset):
     assert small_dataset[[0]][0].any()
 
 
-def test_what_is_known_of_an_image_is_kept(small_dataset):
+def test_sizes_views_and_boxes_of_the_images_are_kept(small_dataset):
     assert small_dataset.original_sizes == [(64, 64)] * 5
     assert small_dataset.views == ["", "AP", "", "", ""]
     assert [len(boxes) for boxes in small_dataset.boxes] == [0, 1, 0, 0, 0]

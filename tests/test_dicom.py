@@ -140,7 +140,7 @@ def test_the_first_of_several_frames_is_used_with_a_warning(tmp_path):
     np.testing.assert_allclose(image, unit(GRADIENT), atol=1e-6)
 
 
-def test_float_pixels_with_gaps(tmp_path):
+def test_gaps_in_float_pixels_become_dark(tmp_path):
     dataset = make_dicom(np.zeros((64, 64), np.float32))
     del dataset.PixelData, dataset.PixelRepresentation, dataset.HighBit, dataset.BitsStored
     values = GRADIENT.astype(np.float32)
@@ -151,7 +151,7 @@ def test_float_pixels_with_gaps(tmp_path):
     assert image[0, 5] == 0 and image[63, 63] == 1
 
 
-def test_rle(tmp_path):
+def test_an_rle_file_is_read_exactly(tmp_path):
     dataset = make_dicom(GRADIENT.astype(np.uint16))
     dataset.compress(RLELossless)
     dataset.save_as(tmp_path / "a.dcm", enforce_file_format=True)

@@ -38,7 +38,7 @@ def test_broken_tables_name_file_line_and_value(path, old, new, message):
     assert str(error.value).startswith(str(path)) and message in str(error.value)
 
 
-def test_byte_order_mark_and_windows_line_ends(path):
+def test_a_byte_order_mark_and_windows_line_ends_change_nothing(path):
     expected = read_boxes(path)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     pd.testing.assert_frame_equal(read_boxes(path), expected)

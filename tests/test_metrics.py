@@ -62,7 +62,7 @@ def test_metric_equals_a_slow_reference_on_10000_cases():
     assert min(kinds.values()) > 100, kinds
 
 
-def test_iou_of_exactly_a_threshold_is_no_hit():
+def test_iou_of_exactly_a_threshold_is_not_a_hit():
     for numerator, denominator, hits in ((2, 5, 0), (1, 2, 2), (3, 5, 4), (3, 4, 7)):
         score = average_precision_image([[0, 0, numerator, 1]], [1.0], [[0, 0, denominator, 1]])
         assert score == hits / 8

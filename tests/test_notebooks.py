@@ -41,7 +41,7 @@ def stored(request):
     return nbformat.read(ROOT / request.param, as_version=nbformat.NO_CONVERT)
 
 
-def test_run_top_to_bottom(phantoms, tmp_path, monkeypatch):
+def test_notebooks_run_top_to_bottom(phantoms, tmp_path, monkeypatch):
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.ipynb")]:
         shutil.copy(path, tmp_path)
     monkeypatch.setenv("TRAINML_DATA_PATH", str(phantoms))
@@ -65,7 +65,7 @@ def test_debug_is_the_first_code_cell():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_stored_file_is_small(name):
+def test_notebooks_are_small(name):
     assert (ROOT / name).stat().st_size < MAX_BYTES
 
 
@@ -78,13 +78,13 @@ def test_opens_without_a_warning(stored):
     assert not [cell for cell in stored.cells if cell.metadata]
 
 
-def test_stored_with_results(stored):
+def test_notebooks_are_stored_with_results(stored):
     assert_complete(stored)
     outputs = [output for cell in code_cells(stored) for output in cell.outputs]
     assert not [output for output in outputs if output.get("name") == "stderr"]
 
 
-def test_stored_without_machine_paths(stored):
+def test_notebooks_hold_no_paths_of_a_machine(stored):
     for cell in code_cells(stored):
         for output in cell.outputs:
             for kind in [kind for kind in output.get("data", {}) if kind.startswith("image/")]:
@@ -94,7 +94,7 @@ def test_stored_without_machine_paths(stored):
     assert not ABSOLUTE_PATH.search(json.dumps(stored).replace("\\n", " "))
 
 
-def test_defines_nothing_that_a_module_owns(stored):
+def test_notebooks_define_nothing_that_a_module_owns(stored):
     owned = {node.name for path in ROOT.glob("*.py") for node in ast.parse(path.read_text()).body
              if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     tree = ast.parse("\n".join(cell.source for cell in code_cells(stored)))

@@ -262,7 +262,7 @@ def test_files_and_folders_are_predicted_together(tmp_path, square, checkpoint):
     assert predict_sources(checkpoint, tmp_path / "output", square, path) == (0, {"a", "b"})
 
 
-def test_figures_of_an_earlier_run_are_not_predicted(tmp_path, checkpoint):
+def test_plots_of_an_earlier_run_are_not_predicted(tmp_path, checkpoint):
     save_image(tmp_path / "a.png")
     save_image(tmp_path / "scores.png")
     assert predict_sources(checkpoint, tmp_path, tmp_path) == (0, {"a"})
@@ -414,7 +414,7 @@ def test_a_zip_file_is_named_as_one(tmp_path):
      "nothing.tar does not exist.*--model.*TRAINML_MODEL_PATH"),
     (["--device", "cpu", "--precision", "fp16"], "fp16 needs a GPU"),
 ])
-def test_mistakes_are_named(argv, message, tmp_path, monkeypatch):
+def test_missing_paths_and_unusable_flags_are_named(argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
         predict.main(argv)

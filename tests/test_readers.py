@@ -140,7 +140,7 @@ def test_what_a_decoder_prints_on_stderr_is_not_shown(tmp_path, capfd):
     assert not capfd.readouterr().err
 
 
-def test_no_file_at_all_is_read_by_nobody(tmp_path):
+def test_without_files_there_are_no_readings(tmp_path):
     assert list(readers.read_files(str, [], workers=2)) == []
 
 

@@ -15,7 +15,7 @@ from records import STATEFUL, Records, check_disk, resume
 CPU = choose_runtime("cpu", "fp32")
 
 
-def test_a_run_goes_on_in_another_precision_and_form_of_the_optimizer():
+def test_a_run_continues_in_another_precision_and_form_of_the_optimizer():
     args, _, _ = train.parse_args(["--optimizer", "adagrad", "--width", "4"])
     begun, training = (train.build_training(train.build_model(args), args, 10, CPU, stored)
                        for stored in (None, {"param_groups": [{}]}))
@@ -45,8 +45,7 @@ def test_tensorboard_keeps_the_steps_that_are_done_and_no_other(tmp_path, steps_
     assert [event.step for event in events.Scalars("steps/loss")] == [*kept, steps_done + 1]
 
 
-def test_a_run_that_goes_on_with_other_data_tells_which_images_changed_their_part(
-        tmp_path, capsys):
+def test_a_continued_run_names_the_images_that_are_now_in_another_part(tmp_path, capsys):
     images = SimpleNamespace(patient_ids=["a", "b", "c", "d"])
     with Records(tmp_path, {}, []) as run:
         run.write_split(images, {"training": [0, 1], "validation": [2]})

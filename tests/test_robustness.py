@@ -114,7 +114,7 @@ def test_every_file_that_ships_with_pydicom_is_predicted_or_skipped(tmp_path, ch
     ("image_dfl", uid.DeflatedExplicitVRLittleEndian), ("SC_rgb_jpeg_gdcm", uid.JPEGLosslessSV1),
     ("JPEGLSNearLossless_16", uid.JPEGLSNearLossless), ("693_J2KI", uid.JPEG2000),
 ])
-def test_transfer_syntaxes(name, syntax, recwarn):
+def test_every_transfer_syntax_is_read(name, syntax, recwarn):
     path = SAMPLES / f"{name}.dcm"
     assert dcmread(path).file_meta.TransferSyntaxUID == syntax
     image, _ = load_and_prepare_image(path, 16)
@@ -125,7 +125,7 @@ def test_transfer_syntaxes(name, syntax, recwarn):
 
 
 @pytest.mark.parametrize("process", ["JPEGLosslessProcess14", "JPEGLosslessProcess14_1"])
-def test_jpeg_lossless_of_16_bits(tmp_path, process):
+def test_a_lossless_jpeg_of_16_bits_is_read(tmp_path, process):
     reader, writer = gdcm.ImageReader(), gdcm.ImageWriter()
     change = gdcm.ImageChangeTransferSyntax()
     reader.SetFileName(str(SAMPLES / "MR_small.dcm"))
@@ -488,7 +488,7 @@ def run_on_tmpfs(options, folder, script, *flags):
     ("ro", "predict.py", 2,
      "cannot write to .*output.*Read-only file system.*--output.*TRAINML_OUTPUT_PATH"),
 ])
-def test_full_and_read_only_disks(
+def test_a_full_or_read_only_disk_is_one_line_and_leaves_the_old_files(
         phantoms, train_flags, checkpoint, tmp_path, options, script, status, message):
     output = tmp_path / "output"
     output.mkdir()

@@ -40,7 +40,7 @@ def datasets(folder):
         return [dcmread(path) for path in sorted(folder.glob("*/*.dcm"))]
 
 
-def test_layout(folder, labels):
+def test_the_layout_is_the_challenges(folder, labels):
     train = {path.stem for path in folder.glob("stage_2_train_images/*")}
     test = {path.stem for path in folder.glob("stage_2_test_images/*")}
     assert (len(train), len(test), len(train & test)) == (TRAIN, TEST, 0)
@@ -48,7 +48,7 @@ def test_layout(folder, labels):
     assert set(labels["patientId"]) == train
 
 
-def test_tables(folder, labels):
+def test_the_label_tables_are_the_challenges_and_agree(folder, labels):
     classes = pd.read_csv(folder / "stage_2_detailed_class_info.csv")
     assert list(labels) == ["patientId", "x", "y", "width", "height", "Target"]
     assert list(classes) == ["patientId", "class"]

@@ -237,7 +237,7 @@ def stop_in_the_middle(flags, choose):
 @pytest.mark.parametrize("choose", [
     lambda agent, ranks: (ranks[1], signal.SIGKILL), lambda agent, ranks: (agent, signal.SIGTERM)],
     ids=["one of two is killed", "torchrun is stopped"])
-def test_all_processes_end_and_one_goes_on(quick_flags, tmp_path, capsys, choose):
+def test_all_processes_end_and_one_continues_the_run(quick_flags, tmp_path, capsys, choose):
     status, seconds, lines = stop_in_the_middle(quick_flags, choose)
     assert status != 0 and seconds < 30
     assert any(line.startswith("continue with: python train.py --checkpoint") for line in lines)
@@ -255,7 +255,7 @@ def test_all_processes_end_and_one_goes_on(quick_flags, tmp_path, capsys, choose
     assert state["scheduler"]["last_epoch"] == epochs * (18 // 2)
 
 
-def test_an_error_of_the_user_is_told_once(quick_flags, tmp_path):
+def test_a_user_error_is_printed_once(quick_flags, tmp_path):
     rows = (tmp_path / "train.csv").read_text().splitlines()
     (tmp_path / "train.csv").write_text("\n".join(rows[:5]))
     status, lines = torchrun(2, ROOT / "train.py", *quick_flags)

@@ -137,7 +137,7 @@ def test_the_final_file_holds_the_last_weights_and_the_thresholds(finished):
     assert_same_weights(save / "final.pth.tar", save / "last.pth.tar")
 
 
-def test_a_stopped_run_goes_on_to_the_same_end(finished, start, tmp_path, monkeypatch):
+def test_a_stopped_run_continues_to_the_same_end(finished, start, tmp_path, monkeypatch):
     save, figures, _ = finished
 
     def save_and_stop(*arguments, save_epoch=Records.save_epoch):
@@ -154,7 +154,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(finished, start, tmp_path, monkey
         key: value for key, value in figures.items() if key not in varying}
 
 
-def test_a_stopped_run_tells_the_command_that_continues_it_with_all_its_paths(
+def test_a_stopped_run_prints_the_command_that_continues_it_with_all_its_paths(
         start, tmp_path, phantoms, train_csv, monkeypatch):
     monkeypatch.setattr(train, "hand_over", interrupt)
     _, lines = start(tmp_path / "my run", "--epochs", "1")
@@ -189,7 +189,7 @@ def another_run(tmp_path):
     return tmp_path
 
 
-def test_a_run_that_goes_on_elsewhere_takes_its_files_along(
+def test_a_run_that_continues_elsewhere_takes_its_files_along(
         finished, start, another_run, monkeypatch):
     monkeypatch.setattr(train, "train_one_epoch", interrupt)
     save, *_ = finished
@@ -198,7 +198,7 @@ def test_a_run_that_goes_on_elsewhere_takes_its_files_along(
         assert (another_run / name).read_bytes() == (save / name).read_bytes(), name
 
 
-def test_a_run_that_goes_on_elsewhere_leaves_no_best_file_of_another_run(
+def test_a_run_that_continues_elsewhere_leaves_no_best_file_of_another_run(
         scratch, start, another_run, monkeypatch):
     monkeypatch.setattr(train, "train_one_epoch", interrupt)
     start(another_run, "--checkpoint", scratch / "last.pth.tar", "--epochs", "3")
@@ -206,7 +206,7 @@ def test_a_run_that_goes_on_elsewhere_leaves_no_best_file_of_another_run(
 
 
 @pytest.mark.parametrize("images, told", [(40, False), (30, True)])
-def test_a_run_that_goes_on_says_so_if_its_data_have_changed(
+def test_a_continued_run_warns_if_its_data_have_changed(
         finished, start, train_csv, tmp_path, monkeypatch, images, told):
     monkeypatch.setattr(train, "train_one_epoch", interrupt)
     rows = pd.read_csv(train_csv)
@@ -313,11 +313,11 @@ def test_an_optimizer_is_fused_where_pytorch_has_that_form(optimizer, device, fu
 
 
 @pytest.mark.parametrize("stored", [{}, {"fused": None}, {"fused": False}])
-def test_a_run_that_began_without_the_fused_form_goes_on_without(stored):
+def test_a_run_that_began_without_the_fused_form_continues_without(stored):
     assert not train.fused_form("adamw", "cpu", {"param_groups": [stored]})
 
 
-def test_a_run_goes_on_without_the_fused_form_on_a_device_that_lacks_it():
+def test_a_run_continues_without_the_fused_form_on_a_device_that_lacks_it():
     assert not train.fused_form("adagrad", "cuda", {"param_groups": [{"fused": True}]})
 
 
