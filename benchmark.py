@@ -1,4 +1,4 @@
-"""Times every stage of the pipeline next to the least that the machine at hand could need for it.
+"""Times every stage of the pipeline beside the least time that it could take on this machine.
 
     python benchmark.py                             # some minutes without a GPU
     python benchmark.py --images 50 100 200         # does an image cost the same among more?
@@ -256,12 +256,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data", "-d", default=cli.default_path("TRAINML_DATA_PATH", TRAIN_IMAGES),
         help="folder of DICOM files (default: %(default)s)")
     add("--images", type=cli.bounded(1, math.inf, int), nargs="+", default=[250],
-        help="how many, one table for each number; files repeat if they are fewer (default: 250)")
+        help="number of images, a table for each; files are repeated as needed (default: 250)")
     add("--cache", type=cli.bounded(1, math.inf, int),
-        help="first measure the memory that so many prepared images take")
+        help="first measure the memory that this many prepared images take")
     add("--repeats", type=cli.bounded(1, math.inf, int), default=3,
-        help="of each measurement, whose median counts (default: %(default)s)")
-    add("--json", help="file for the figures")
+        help="times that a stage is measured; the median counts (default: %(default)s)")
+    add("--json", help="file to write the figures to")
     parser.add_runtime_options(batch_size=8, rescale_factor=4)
     return parser
 

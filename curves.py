@@ -1,4 +1,4 @@
-"""Figures of a run: its losses and scores over the epochs, and the scores of its images.
+"""Plots of a run: its losses and scores over the epochs, and the scores of its images.
 
 Nothing else here needs matplotlib, which takes half a second to import, so it is imported on use.
 """

@@ -168,7 +168,7 @@ def load_parts(labelled: Labelled, parts: Mapping[str, list[str]], *, rescale_fa
     files = {key: labelled.files[key] for ids in parts.values() for key in ids}
     dataset = PneumoniaDataset(files, labelled.boxes, views=labelled.views,
                                rescale_factor=rescale_factor, workers=workers)
-    warn("images are read with a remark", [f"{path} {note}" for path, note in dataset.notes])
+    warn("images have remarks", [f"{path} {note}" for path, note in dataset.notes])
     warn("images cannot be read and are left out",
          [f"{path}: {problem}" for path, problem in dataset.skipped])
     index_of = {patient_id: index for index, patient_id in enumerate(dataset.patient_ids)}

@@ -24,7 +24,7 @@ from metrics import Thresholds, find_boxes, rescale_boxes
 IMAGE_SIZE = 1024  # pixels of the longest side, unless said otherwise
 LEGIBLE, NARROWEST = 400, 48  # pixels; minimum of the longest and of the shortest side
 GREYS, TRUTH, PREDICTION, OUTLINE = 252, 252, 253, 254  # palette: 252 greys, then the lines
-COLOURS = (86, 180, 233), (240, 228, 66), (230, 159, 0)  # RGB; told apart without colour vision
+COLOURS = (86, 180, 233), (240, 228, 66), (230, 159, 0)  # RGB; distinct without colour vision
 HEAT, HEAT_OPACITIES = (255, 80, 0), (0, 0.12, 0.24, 0.36)  # for each quarter of probability
 STYLES = {  # (colour, dashed) by name in the legend, in the order of drawing
     "mask": (OUTLINE, False), "truth": (TRUTH, False), "prediction": (PREDICTION, True)}

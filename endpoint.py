@@ -161,7 +161,8 @@ def build_app() -> "FastAPI":  # noqa: F821, imported inside
         if not content_type.lower().startswith((JSON, FORM)):
             raise HTTPException(415, f"is neither {JSON} nor {FORM}")
         if places.locked():
-            raise HTTPException(503, "arrived while all places were taken", {"Retry-After": "1"})
+            raise HTTPException(503, "came while the server was busy: try again",
+                                {"Retry-After": "1"})
         async with places:
             try:
                 body = await asyncio.wait_for(receive(request), UPLOAD_SECONDS)

@@ -11,7 +11,7 @@ from cli import InputError, warn
 
 BOX_COLUMNS = ["x", "y", "width", "height"]
 SMALLEST_BOX = 2  # pixels a side; if all are smaller, they must be shares of the image
-OTHER_KINDS = {  # how files named .csv start that are something else
+OTHER_KINDS = {  # first bytes of files named .csv that are something else
     rb"PK\x03\x04": "a zip archive or an Excel workbook", rb"\x1f\x8b": "a gzip file",
     rb"\xff\xfe|\xfe\xff|[^\0]{0,99}\0": "UTF-16 text",
 }

@@ -117,7 +117,7 @@ class Results:
 
     def report(self, output: Path, pictures: str | None) -> None:
         """Writes report.html and prints what was found, left out and, with labels, scored."""
-        cli.warn("images are read with a remark", self.notes)
+        cli.warn("images have remarks", self.notes)
         cli.warn("files are skipped, see skipped.csv",
                  [f"{path} {reason}" for path, reason in self.skipped])
         found = sum(bool(boxes) for boxes in self.annotations.values())

@@ -149,7 +149,7 @@ def add_recipe_options(add: Callable) -> None:
     add("--bn-eps", type=above_0, default=1e-5,
         help="term in BatchNorm's denominator, above 0 (default: %(default)s)")
     add("--alpha-leaky", "--al", type=cli.bounded(0, math.inf), default=0.03,
-        help="slope of LeakyReLU below 0, 0 or more (default: %(default)s)")
+        help="negative slope of LeakyReLU, 0 or more (default: %(default)s)")
 
 
 def _defaults(key):
@@ -162,7 +162,8 @@ def parse_args(argv: Sequence[str] | None = None,
     """Returns the arguments, the model of the --checkpoint file or None, and the rest of that file
     if it belongs to a run to continue, else {}.
 
-    If a run continues, its flags are the defaults. Raises InputError for a flag that could not act.
+    If a run continues, its flags are the defaults. Raises InputError as check_args does, and for a
+    flag that the run to continue does not allow.
     """
     parser, model, state = make_parser(), None, {}
     args = parser.parse_args(argv)
@@ -192,11 +193,11 @@ def parse_args(argv: Sequence[str] | None = None,
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raises InputError for flags that cannot act together."""
+    """Raises InputError for flags that would have no effect or do not go together."""
     _refuse_if(args.momentum is not None and args.optimizer != "sgd",
                "--momentum acts on --optimizer sgd alone")
     _refuse_if(args.eps is not None and args.optimizer == "sgd",
-               "--eps has no part in --optimizer sgd")
+               "--eps has no effect on --optimizer sgd")
     _refuse_if((args.folds is None) != (args.fold is None),
                "--folds and --fold go together: give both or neither")
     if args.folds is not None:

@@ -326,7 +326,7 @@ def test_a_run_continues_without_the_fused_form_on_a_device_that_lacks_it():
 
 @pytest.mark.parametrize("argv, message", [
     (["--momentum", "0.9"], "--momentum acts on --optimizer sgd alone"),
-    (["--optimizer", "sgd", "--eps", "0.1"], "--eps has no part"),
+    (["--optimizer", "sgd", "--eps", "0.1"], "--eps has no effect"),
     (["--folds", "3"], "--folds and --fold go together"),
     (["--fold", "0"], "--folds and --fold go together"),
     (["--folds", "3", "--fold", "3"], "--fold 3: with --folds 3 the last fold is 2"),
