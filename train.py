@@ -321,7 +321,8 @@ def build_thresholds(args: argparse.Namespace) -> Thresholds:
 def check_paths(args: argparse.Namespace) -> Path:
     """The folder --save, which must be writable; the other paths must exist."""
     cli.require(args.data, "folder", flag="--data", variable="TRAINML_DATA_PATH")
-    cli.require(args.labels, "file", flag="--labels", variable="TRAINML_MODEL_PATH")
+    cli.require(args.labels, "file", variable="TRAINML_MODEL_PATH",
+                flag="--labels (python data_processing.py writes one)")
     return cli.require(args.save, "output", flag="--save", variable="TRAINML_OUTPUT_PATH")
 
 

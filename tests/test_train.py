@@ -337,6 +337,13 @@ def test_flags_that_cannot_act_are_refused(argv, message):
         train.parse_args(argv)
 
 
+def test_a_missing_table_is_named_with_the_script_that_writes_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = "train.csv does not exist: .*--labels .python data_processing.py writes one"
+    with pytest.raises(InputError, match=message):
+        train.main(["--data", "."])
+
+
 @pytest.mark.parametrize("flags", [
     ["--epochs", "0"], ["--lr", "-1"], ["--lr", "nan"], ["--bs", "x"], ["--bt", "2"],
     ["--rf", "3"], ["--optimizer", "lion"], ["--seed", "-1"], ["--seed", "1000000001"]])
