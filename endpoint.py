@@ -133,7 +133,7 @@ def build_app() -> "FastAPI":  # noqa: F821, imported inside
     """POST /predict, GET /health and the page; refusals are {"detail": reason}, 4xx or 5xx."""
     from fastapi import FastAPI, HTTPException, Request, responses
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    places = asyncio.Semaphore(MAX_REQUESTS)
+    slots = asyncio.Semaphore(MAX_REQUESTS)
 
     async def receive(request: Request) -> bytes:
         body, more = bytearray(), True
@@ -160,10 +160,10 @@ def build_app() -> "FastAPI":  # noqa: F821, imported inside
         content_type = request.headers.get("Content-Type", "")
         if not content_type.lower().startswith((JSON, FORM)):
             raise HTTPException(415, f"is neither {JSON} nor {FORM}")
-        if places.locked():
+        if slots.locked():
             raise HTTPException(503, "came while the server was busy: try again",
                                 {"Retry-After": "1"})
-        async with places:
+        async with slots:
             try:
                 body = await asyncio.wait_for(receive(request), UPLOAD_SECONDS)
                 network = load_network()

@@ -36,7 +36,7 @@ def test_loss_falls_towards_the_truth():
 
 
 def test_a_network_that_overfits_four_images_finds_their_boxes():
-    """The whole way from images to score: what is learned by heart must be found again."""
+    """From images to score, end to end: the boxes of memorized images must be found again."""
     torch.manual_seed(0)
     noise = np.random.default_rng(0).integers(0, 60, (4, 1, 64, 64)).astype(np.uint8)
     masks = np.zeros((4, 1, 64, 64), np.uint8)
@@ -128,7 +128,7 @@ def test_where_nothing_scores_the_defaults_stay_and_the_log_says_why(labelled):
 
 
 class Lost(torch.nn.Module):
-    """Gives no number."""
+    """Returns NaN."""
 
     def forward(self, images):
         return torch.full_like(images, math.nan)

@@ -23,7 +23,7 @@ from model import PneumoniaUNET, choose_runtime, load_checkpoint, save_checkpoin
 from records import METRIC_NAMES, Records, plain_values
 
 CPU = choose_runtime("cpu", "fp32")
-CONTINUED = ("last.pth.tar", "loss.best.pth.tar", "prec.best.pth.tar")  # what a run goes on with
+CONTINUED = ("last.pth.tar", "loss.best.pth.tar", "prec.best.pth.tar")  # what a run continues from
 
 
 # Whole runs
