@@ -14,7 +14,7 @@ from metrics import Evaluation, Thresholds, gate_scores, mean_average_precision
 CURVE_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # box thresholds of scores.png
 CURVES = {  # of curves.png: {title: {name in the history: label}}
     "loss": {"train_loss": "training", "loss": "validation"},
-    "average precision": {"rsna": "RSNA mean", "total": "total"},
+    "average precision": {"rsna": "RSNA mAP", "total": "total AP"},
     "image ROC AUC": {"auc": "validation"}, "learning rate": {"learning_rate": "after the epoch"}}
 GATES = [step / 50 for step in range(51)]
 
