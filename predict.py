@@ -1,10 +1,11 @@
 """Finds lung opacities in radiographs with a trained model.
 
-    python predict.py --data data/stage_2_test_images --model output/final.pth.tar
-    python predict.py --data scan.dcm photo.jpg --model output/final.pth.tar
+    python predict.py -d data/stage_2_test_images --model output/final.pth.tar --output output/new
+    python predict.py -d scan.dcm photo.jpg --model output/final.pth.tar --output output/new
 
-Reads DICOM files and PNG, JPEG and TIFF images. Writes report.html, annotations.json,
-submission.csv, images/<patientId>.png and, where a file could not be read, skipped.csv.
+Reads DICOM files and PNG, JPEG and TIFF images. Writes to --output: report.html, annotations.json,
+submission.csv, images/<patientId>.png and, where a file could not be read, skipped.csv. In the
+folder of a training run it would replace that run's report.html.
 """
 
 import argparse
