@@ -105,7 +105,7 @@ def _search_radiographs(folder, leave_out):
             images.append(path)
         else:
             others.append((path, reason))
-    if images and any(is_dicom(path) for path in found):
+    if images and any(_refusal(path, shared=True) is None for path in found):
         print(f"{len(images)} PNG, JPEG or TIFF files are not read, because {folder} holds "
               "DICOM files")
         return found, others
@@ -128,6 +128,8 @@ def name_files(paths: Iterable[Path], folder: Path) -> dict[str, Path]:
         patient_id = patient_id_of(path, folder)
         if ids[patient_id] > 1:  # in the same folder, with another suffix
             patient_id = _text(path.relative_to(folder).as_posix())
+        while patient_id in files:  # "a.dcm" is also the stem of "a.dcm.dcm"
+            patient_id += "_"
         files[patient_id] = path
     if alike:
         print(f"{len(alike)} files share their names with others: their ids are their paths below "
@@ -178,6 +180,6 @@ def _refusal(path, shared):
         if shared or (suffix not in DICOM_SUFFIXES and not suffix[1:].isdigit()):
             return None if is_dicom(path) else NOT_DICOM
     except OSError as error:
-        gone = path.is_symlink() and not path.exists()
+        gone = isinstance(error, FileNotFoundError) and path.is_symlink()
         return "is a link to nothing" if gone else reason_of(error)
     return None

@@ -61,6 +61,16 @@ def thresholds_in_use(checkpoint: dict[str, Any], box: float | None,
     return thresholds
 
 
+def picture_folder(output: Path, files: dict[str, Path]) -> Path:
+    """Where the pictures of `files` go; raises InputError if one would replace a file."""
+    folder = output / "images"
+    for patient_id, path in files.items():
+        if path.resolve() == (folder / f"{patient_id}.png").resolve():
+            raise cli.InputError(f"{path} would be replaced by its picture: give another folder "
+                                 "with --output, or --no-save-images")
+    return folder
+
+
 class Results:
     """Boxes, scores and remarks of the files predicted so far."""
 
@@ -202,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     predictions = predict_files(model, share, runtime, batch_size=args.batch_size,
                                 rescale_factor=rescale_factor, workers=args.workers,
                                 image_size=args.image_size if args.save_images else None)
-    folder = output / "images" if args.save_images else None
+    folder = picture_folder(output, files) if args.save_images else None
     with picture_writer(folder, heat=args.heat) as write_picture:
         for prediction in cli.progress(predictions, total=len(share), description="predict"):
             overlay = results.add(*prediction)

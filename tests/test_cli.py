@@ -49,6 +49,13 @@ def test_a_file_in_place_of_a_folder_is_named_as_what_it_is(tmp_path, kind, word
     assert str(error.value) == f"{path} {words} --data, or set TRAINML_DATA_PATH"
 
 
+@pytest.mark.parametrize("kind", ["data", "folder"])
+def test_a_pipe_is_not_waited_for(tmp_path, kind):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(cli.InputError, match="pipe is neither a file nor a folder: .* --data"):
+        cli.require(tmp_path / "pipe", kind, flag="--data")
+
+
 def test_a_folder_for_results_is_made_and_left_empty(tmp_path):
     cli.require(tmp_path / "not" / "there", "output", flag="--output")
     assert list((tmp_path / "not" / "there").iterdir()) == []

@@ -264,6 +264,11 @@ def test_a_tiff_file_of_several_pages_is_read_with_a_note(tmp_path, recwarn):
     assert "has 3 frames; only the first is used" in str(recwarn[0].message)
 
 
+def test_a_tiff_file_of_64_bit_offsets_is_read(tmp_path):
+    path = save_image(tmp_path / "a.tif", GRADIENT.astype(np.uint8), big_tiff=True)
+    np.testing.assert_allclose(prepare(path)[0], GRADIENT / 189, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
 def test_a_truncated_image_is_refused_with_the_reason(tmp_path, name):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8)
