@@ -139,12 +139,12 @@ def name_files(paths: Iterable[Path], folder: Path) -> dict[str, Path]:
 
 def refuse_mixture(folder: Path, files: Collection) -> None:
     """Raises InputError if sample_data.py made the folder but not all of its files."""
-    marker = Path(folder).parent / MARKER
-    if not marker.exists():
-        return
-    made = json.loads(marker.read_text())
-    expected = {TRAIN_IMAGES: made["train"], TEST_IMAGES: made["test"]}.get(Path(folder).name)
-    if expected is not None and len(files) > expected:
+    try:
+        made = json.loads((Path(folder).parent / MARKER).read_text())
+        expected = {TRAIN_IMAGES: made["train"], TEST_IMAGES: made["test"]}[Path(folder).name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # not a folder of sample_data.py
+    if len(files) > expected:
         raise InputError(
             f"{folder} holds {len(files)} files, sample_data.py made {expected}: phantoms and "
             "radiographs are mixed; give each a folder of its own, named by TRAINML_DATA_PATH")

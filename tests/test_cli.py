@@ -36,6 +36,11 @@ def test_what_does_not_exist_is_named_with_flag_and_variable(tmp_path, kind, var
     assert str(error.value) == f"{path} does not exist: give another with {remedy}"
 
 
+def test_a_name_too_long_for_any_file_is_one_that_does_not_exist():
+    with pytest.raises(cli.InputError, match="xxx does not exist: give another with --data"):
+        cli.require("x" * 300, "data", flag="--data")
+
+
 @pytest.mark.parametrize("kind, words", [
     ("zip", "is a zip file, not a folder: give the folder that it unpacks to with"),
     ("text", "is a file, not a folder: give the folder that it is in with")])

@@ -155,6 +155,13 @@ def test_radiographs_without_phantoms_are_taken(made):
     check(made / "stage_2_train_images")
 
 
+@pytest.mark.parametrize("content", ['{"train": 2, "te', "[]", '{"seed": 1}', "\udcff"])
+def test_a_file_named_like_the_marker_that_is_something_else_means_nothing(made, content):
+    (made / "synthetic.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    touch(made / "stage_2_train_images" / "c.dcm")
+    check(made / "stage_2_train_images")
+
+
 # What predict.py reads
 
 
