@@ -204,7 +204,7 @@ def _header_values(dataset):
 def _check_header(header):
     """Refuses, by the header alone, what cannot be decoded or should not be tried."""
     if not header["has_pixels"]:
-        raise UnreadableImage("has no pixel data")
+        raise UnreadableImage("has no pixel data: it holds no image, or was cut off before its end")
     _check_size(header["Columns"], header["Rows"])
     if not header["syntax"]:
         raise UnreadableImage("does not say how its pixels are encoded: it has no transfer syntax")

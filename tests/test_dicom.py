@@ -169,13 +169,15 @@ def unusable(tmp_path, write_dicom):
     without = make_dicom(GRADIENT.astype(np.uint8))
     del without.PixelData
     without.save_as(tmp_path / "without.dcm", enforce_file_format=True)
-    jpeg_dicom(tmp_path / "other size.dcm", GRADIENT.astype(np.uint8), Rows=32)
+    other = jpeg_dicom(tmp_path / "other size.dcm", GRADIENT.astype(np.uint8), Rows=32)
+    (tmp_path / "cut jpeg.dcm").write_bytes(other.read_bytes()[:-100])
     return tmp_path
 
 
 @pytest.mark.parametrize("name, reason", [
     ("text", "DICOM"), ("empty", "empty|DICOM"), ("cut", "pixel data"), ("missing", "No such file"),
-    ("huge", "65535 x 65535 pixels"), ("without", "no pixel data"), ("other size", "64 x 64")])
+    ("huge", "65535 x 65535 pixels"), ("without", "no pixel data"), ("other size", "64 x 64"),
+    ("cut jpeg", "no pixel data: it holds no image, or was cut off")])
 def test_unusable_files_say_why(unusable, name, reason):
     with pytest.raises(dicom.UnreadableImage, match=reason):
         prepare(unusable / f"{name}.dcm")
