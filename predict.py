@@ -21,7 +21,7 @@ import cli
 import metrics
 import parallel
 from curves import CURVE_THRESHOLDS, draw_scores
-from drawing import IMAGE_SIZE, Overlay, make_overlay, picture_writer
+from drawing import IMAGE_SIZE, Overlay, make_overlay, picture_path, picture_writer
 from folders import find_radiographs, result_paths
 from labels import read_labels
 from model import Runtime, choose_runtime, load_checkpoint
@@ -65,7 +65,7 @@ def picture_folder(output: Path, files: dict[str, Path]) -> Path:
     """Where the pictures of `files` go; raises InputError if one would replace a file."""
     folder = output / "images"
     for patient_id, path in files.items():
-        if path.resolve() == (folder / f"{patient_id}.png").resolve():
+        if path.resolve() == picture_path(folder, patient_id).resolve():
             raise cli.InputError(f"{path} would be replaced by its picture: give another folder "
                                  "with --output, or --no-save-images")
     return folder

@@ -174,6 +174,7 @@ def unusable(tmp_path, write_dicom):
     return tmp_path
 
 
+@pytest.mark.filterwarnings("ignore:End of file reached")  # of pydicom
 @pytest.mark.parametrize("name, reason", [
     ("text", "DICOM"), ("empty", "empty|DICOM"), ("cut", "pixel data"), ("missing", "No such file"),
     ("huge", "65535 x 65535 pixels"), ("without", "no pixel data"), ("other size", "64 x 64"),
