@@ -59,8 +59,10 @@ def require(path: str | Path, kind: str, *, flag: str, variable: str | None = No
         except OSError as error:
             raise InputError(f"cannot write to {path} ({error.strerror}): give another folder "
                              f"with {remedy}") from None
-    elif not path.exists():
+    elif not os.path.exists(path):  # Path.exists raises for a name too long, or no permission
         raise InputError(f"{path} does not exist: give another with {remedy}")
+    elif kind != "file" and not (path.is_file() or path.is_dir()):  # a pipe is read only once
+        raise InputError(f"{path} is neither a file nor a folder: give another with {remedy}")
     elif kind in ("folder", "data") and not path.is_dir():
         is_zip = zipfile.is_zipfile(path)
         found, other = ("a zip file", "unpacks to") if is_zip else ("a file", "is in")

@@ -97,7 +97,7 @@ def drop_boxes_outside(table: pd.DataFrame) -> pd.DataFrame:
     """The table without boxes that lie wholly outside their image. An image that loses its last box
     is dropped with it, since it is not known to be free of opacities."""
     right, bottom = table["x"] + table["width"], table["y"] + table["height"]
-    columns, rows = table["Columns"].astype(float), table["Rows"].astype(float)
+    columns, rows = (pd.to_numeric(table[name], errors="coerce") for name in ("Columns", "Rows"))
     outside = (right <= 0) | (bottom <= 0) | (table["x"] >= columns) | (table["y"] >= rows)
     beyond = (table["x"] < 0) | (table["y"] < 0) | (right > columns) | (bottom > rows)
     cli.warn("boxes lie outside their image and are dropped, as are images left without a box",

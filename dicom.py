@@ -25,7 +25,8 @@ from greyscale import displayed, note, read_cells, read_hints, unit_range
 MAX_PIXELS = 2**25
 TAGS = ["PatientSex", "PatientAge", "ViewPosition", "Rows", "Columns"]
 TAG_NUMBERS = [Tag(name) for name in TAGS]  # looked up once, not for every file
-IMAGE_SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*")  # PNG, JPEG, TIFF (two)
+IMAGE_SIGNATURES = (  # PNG, JPEG, TIFF and BigTIFF in both byte orders
+    b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 NOT_DICOM = "is not a DICOM file"
 
 
@@ -203,7 +204,7 @@ def _header_values(dataset):
 def _check_header(header):
     """Refuses, by the header alone, what cannot be decoded or should not be tried."""
     if not header["has_pixels"]:
-        raise UnreadableImage("has no pixel data")
+        raise UnreadableImage("has no pixel data: it holds no image, or was cut off before its end")
     _check_size(header["Columns"], header["Rows"])
     if not header["syntax"]:
         raise UnreadableImage("does not say how its pixels are encoded: it has no transfer syntax")

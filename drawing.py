@@ -197,11 +197,15 @@ def encode_png(picture: Image.Image) -> bytes:
     return content.getvalue()
 
 
+def picture_path(folder: Path, patient_id: str) -> Path:
+    """`folder`/<patient_id>.png, its name in UTF-8 whatever the locale."""
+    return folder / os.fsdecode(f"{patient_id}.png".encode())
+
+
 def save_overlay(folder: Path, overlay: Overlay, *, heat: bool = False) -> None:
     """Writes `folder`/<patient_id>.png; prints a warning if the disk refuses the name."""
     content = encode_png(draw_overlay(overlay, heat=heat))
-    # UTF-8 whatever the locale
-    path = folder / os.fsdecode(f"{overlay.patient_id}.png".encode())
+    path = picture_path(folder, overlay.patient_id)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:

@@ -105,7 +105,7 @@ def _search_radiographs(folder, leave_out):
             images.append(path)
         else:
             others.append((path, reason))
-    if images and any(is_dicom(path) for path in found):
+    if images and any(_refusal(path, shared=True) is None for path in found):
         print(f"{len(images)} PNG, JPEG or TIFF files are not read, because {folder} holds "
               "DICOM files")
         return found, others
@@ -128,6 +128,8 @@ def name_files(paths: Iterable[Path], folder: Path) -> dict[str, Path]:
         patient_id = patient_id_of(path, folder)
         if ids[patient_id] > 1:  # in the same folder, with another suffix
             patient_id = _text(path.relative_to(folder).as_posix())
+        while patient_id in files:  # "a.dcm" is also the stem of "a.dcm.dcm"
+            patient_id += "_"
         files[patient_id] = path
     if alike:
         print(f"{len(alike)} files share their names with others: their ids are their paths below "
@@ -137,12 +139,12 @@ def name_files(paths: Iterable[Path], folder: Path) -> dict[str, Path]:
 
 def refuse_mixture(folder: Path, files: Collection) -> None:
     """Raises InputError if sample_data.py made the folder but not all of its files."""
-    marker = Path(folder).parent / MARKER
-    if not marker.exists():
-        return
-    made = json.loads(marker.read_text())
-    expected = {TRAIN_IMAGES: made["train"], TEST_IMAGES: made["test"]}.get(Path(folder).name)
-    if expected is not None and len(files) > expected:
+    try:
+        made = json.loads((Path(folder).parent / MARKER).read_text())
+        expected = {TRAIN_IMAGES: made["train"], TEST_IMAGES: made["test"]}[Path(folder).name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # not a folder of sample_data.py
+    if len(files) > expected:
         raise InputError(
             f"{folder} holds {len(files)} files, sample_data.py made {expected}: phantoms and "
             "radiographs are mixed; give each a folder of its own, named by TRAINML_DATA_PATH")
@@ -178,6 +180,6 @@ def _refusal(path, shared):
         if shared or (suffix not in DICOM_SUFFIXES and not suffix[1:].isdigit()):
             return None if is_dicom(path) else NOT_DICOM
     except OSError as error:
-        gone = path.is_symlink() and not path.exists()
+        gone = isinstance(error, FileNotFoundError) and path.is_symlink()
         return "is a link to nothing" if gone else reason_of(error)
     return None

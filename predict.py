@@ -22,7 +22,7 @@ import cli
 import metrics
 import parallel
 from curves import CURVE_THRESHOLDS, draw_scores
-from drawing import IMAGE_SIZE, Overlay, make_overlay, picture_writer
+from drawing import IMAGE_SIZE, Overlay, make_overlay, picture_path, picture_writer
 from folders import find_radiographs, result_paths
 from labels import read_labels
 from model import Runtime, choose_runtime, load_checkpoint
@@ -60,6 +60,16 @@ def thresholds_in_use(checkpoint: dict[str, Any], box: float | None,
     if given:
         thresholds = thresholds._replace(**given, source=f"{' and '.join(given)} given by flag")
     return thresholds
+
+
+def picture_folder(output: Path, files: dict[str, Path]) -> Path:
+    """Where the pictures of `files` go; raises InputError if one would replace a file."""
+    folder = output / "images"
+    for patient_id, path in files.items():
+        if path.resolve() == picture_path(folder, patient_id).resolve():
+            raise cli.InputError(f"{path} would be replaced by its picture: give another folder "
+                                 "with --output, or --no-save-images")
+    return folder
 
 
 class Results:
@@ -203,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     predictions = predict_files(model, share, runtime, batch_size=args.batch_size,
                                 rescale_factor=rescale_factor, workers=args.workers,
                                 image_size=args.image_size if args.save_images else None)
-    folder = output / "images" if args.save_images else None
+    folder = picture_folder(output, files) if args.save_images else None
     with picture_writer(folder, heat=args.heat) as write_picture:
         for prediction in cli.progress(predictions, total=len(share), description="predict"):
             overlay = results.add(*prediction)

@@ -36,7 +36,8 @@ answer=$(mktemp)
 picture=annotated_image.png.part
 trap 'rm -f "$answer" "$picture"' EXIT
 name=${file##*/}
-id=$(printf %s "${name%.*}" | sed 's/[\\"]/\\&/g')
+case ${name##*.} in *[!0-9]*) stem=${name%.*} ;; *) stem=$name ;; esac  # .123 is part of a UID
+id=$(printf %s "$stem" | sed 's/[\\"]/\\&/g')
 
 # the body goes through a pipe: a command line would be too short for it
 status=$({

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from cli import write_text
-from drawing import Overlay
+from drawing import Overlay, picture_path
 from metrics import average_precision_image, image_confidence
 
 PAGE = Template("""<!doctype html>
@@ -105,7 +105,8 @@ def write_report(folder: Path, rows: Iterable[Row], *, lines: Sequence[str],
 
 def _html_row(row, folder, pictures, columns):
     name, link = f"{pictures}/{row.patient_id}.png", ""
-    if pictures and os.path.exists(folder / os.fsdecode(name.encode())):
+    has_id = row.outcome != "skipped"  # instead of a path, which need not be UTF-8
+    if pictures and has_id and os.path.exists(picture_path(folder / pictures, row.patient_id)):
         link = f'<a href="{quote(name)}"><img loading="lazy" src="{quote(name)}" alt=""></a>'
     result = f"{row.outcome}: {row.reason}" if row.reason else row.outcome
     numbers = [f"{row.confidence:.3f}", str(row.true_boxes), f"{row.score:.3f}"]

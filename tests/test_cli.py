@@ -36,6 +36,11 @@ def test_what_does_not_exist_is_named_with_flag_and_variable(tmp_path, kind, var
     assert str(error.value) == f"{path} does not exist: give another with {remedy}"
 
 
+def test_a_name_too_long_for_any_file_is_one_that_does_not_exist():
+    with pytest.raises(cli.InputError, match="xxx does not exist: give another with --data"):
+        cli.require("x" * 300, "data", flag="--data")
+
+
 @pytest.mark.parametrize("kind, words", [
     ("zip", "is a zip file, not a folder: give the folder that it unpacks to with"),
     ("text", "is a file, not a folder: give the folder that it is in with")])
@@ -47,6 +52,13 @@ def test_a_file_in_place_of_a_folder_is_named_as_what_it_is(tmp_path, kind, word
     with pytest.raises(cli.InputError) as error:
         cli.require(path, "folder", flag="--data", variable="TRAINML_DATA_PATH")
     assert str(error.value) == f"{path} {words} --data, or set TRAINML_DATA_PATH"
+
+
+@pytest.mark.parametrize("kind", ["data", "folder"])
+def test_a_pipe_is_not_waited_for(tmp_path, kind):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(cli.InputError, match="pipe is neither a file nor a folder: .* --data"):
+        cli.require(tmp_path / "pipe", kind, flag="--data")
 
 
 def test_a_folder_for_results_is_made_and_left_empty(tmp_path):

@@ -116,6 +116,13 @@ def test_boxes_outside_their_image_are_dropped_with_an_image_left_without_a_box(
     assert "2 boxes lie outside their image and are dropped" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("rows", [[8, 8], b"\x08\0", "eight", None])
+def test_a_size_that_is_not_a_number_costs_no_row(study, monkeypatch, rows):
+    monkeypatch.setattr(dp, "_header_row", lambda path: dict.fromkeys(dp.HEADER_COLUMNS[1:]) | {
+        "Rows": rows if path.stem == "b" else 8, "Columns": 8})
+    assert build(study)["patientId"].tolist() == ["a", "a", "b", "c"]
+
+
 def test_a_failed_write_leaves_the_old_table(study, monkeypatch):
     build(study)
     before = (study / "train.csv").read_bytes()

@@ -169,13 +169,16 @@ def unusable(tmp_path, write_dicom):
     without = make_dicom(GRADIENT.astype(np.uint8))
     del without.PixelData
     without.save_as(tmp_path / "without.dcm", enforce_file_format=True)
-    jpeg_dicom(tmp_path / "other size.dcm", GRADIENT.astype(np.uint8), Rows=32)
+    other = jpeg_dicom(tmp_path / "other size.dcm", GRADIENT.astype(np.uint8), Rows=32)
+    (tmp_path / "cut jpeg.dcm").write_bytes(other.read_bytes()[:-100])
     return tmp_path
 
 
+@pytest.mark.filterwarnings("ignore:End of file reached")  # of pydicom
 @pytest.mark.parametrize("name, reason", [
     ("text", "DICOM"), ("empty", "empty|DICOM"), ("cut", "pixel data"), ("missing", "No such file"),
-    ("huge", "65535 x 65535 pixels"), ("without", "no pixel data"), ("other size", "64 x 64")])
+    ("huge", "65535 x 65535 pixels"), ("without", "no pixel data"), ("other size", "64 x 64"),
+    ("cut jpeg", "no pixel data: it holds no image, or was cut off")])
 def test_unusable_files_say_why(unusable, name, reason):
     with pytest.raises(dicom.UnreadableImage, match=reason):
         prepare(unusable / f"{name}.dcm")
@@ -262,6 +265,11 @@ def test_a_tiff_file_of_several_pages_is_read_with_a_note(tmp_path, recwarn):
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
     prepare(tmp_path / "a.tif")
     assert "has 3 frames; only the first is used" in str(recwarn[0].message)
+
+
+def test_a_tiff_file_of_64_bit_offsets_is_read(tmp_path):
+    path = save_image(tmp_path / "a.tif", GRADIENT.astype(np.uint8), big_tiff=True)
+    np.testing.assert_allclose(prepare(path)[0], GRADIENT / 189, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])

@@ -395,6 +395,16 @@ def test_a_scan_is_written_with_python_or_jq(server, radiograph, tmp_path, tool)
     assert not done.stderr
 
 
+def test_a_scan_named_by_a_uid_keeps_all_of_it(server, radiograph, tmp_path):
+    if not shutil.which("curl"):
+        pytest.skip("needs curl")
+    (tmp_path / "1.2.840").write_bytes(radiograph)
+    scan(tmp_path, server.url, "1.2.840")
+    _, answer = server.predict("1.2.840", radiograph)
+    picture = (tmp_path / "annotated_image.png").read_bytes()
+    assert base64.b64decode(answer["1.2.840"]["image"]) == picture
+
+
 @pytest.mark.parametrize("words, reason", [
     (["{url}"], "give the endpoint's URL and a file"),
     (["{url}", "none.dcm"], "none.dcm is not a file that can be read"),

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from cli import InputError
-from dicom import UnreadableImage, read_header
+from dicom import UnreadableImage, is_dicom, read_header
 from folders import RESULTS, find_dicom_files, find_radiographs, refuse_mixture, result_paths
 
 PIXELS = np.arange(64, dtype=np.uint8).reshape(8, 8)
@@ -91,6 +91,18 @@ def test_files_that_share_their_path_but_for_the_suffix_keep_it(tmp_path):
     assert find(tmp_path) == ({"p/a.dcm": "p/a.dcm", "p/a.ima": "p/a.ima"}, {})
 
 
+def test_ids_that_are_still_alike_are_told_apart(tmp_path):
+    for name in ("a", "a.dcm", "a.dcm.dcm"):
+        touch(tmp_path / name)
+    assert find(tmp_path) == ({"a": "a", "a.dcm": "a.dcm.dcm", "a.dcm_": "a.dcm"}, {})
+
+
+def test_names_that_are_alike_only_as_text_are_told_apart(tmp_path):
+    for name in (b"f\xf6hn.dcm", rb"f\xf6hn.dcm"):
+        touch(tmp_path / os.fsdecode(name))
+    assert len(find(tmp_path)[0]) == 2
+
+
 def test_a_dicomdir_is_neither_an_image_nor_a_warning(tmp_path):
     touch(tmp_path / "DICOMDIR")
     assert find(tmp_path) == ({}, {})
@@ -143,6 +155,13 @@ def test_radiographs_without_phantoms_are_taken(made):
     check(made / "stage_2_train_images")
 
 
+@pytest.mark.parametrize("content", ['{"train": 2, "te', "[]", '{"seed": 1}', "\udcff"])
+def test_a_file_named_like_the_marker_that_is_something_else_means_nothing(made, content):
+    (made / "synthetic.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    touch(made / "stage_2_train_images" / "c.dcm")
+    check(made / "stage_2_train_images")
+
+
 # What predict.py reads
 
 
@@ -168,6 +187,29 @@ def test_images_beside_dicom_files_are_counted_and_not_read(formats, capsys):
 def test_images_in_a_folder_without_dicom_files_are_read(formats):
     files, _ = find_radiographs([formats / "images"])
     assert files.keys() == {"png", "jpg", "LICENSE"}  # which is skipped when it is read
+
+
+def test_a_file_that_cannot_be_opened_does_not_end_the_search(formats, monkeypatch):
+    locked = touch(formats / "images" / "locked.dcm")
+
+    def refuse(path):
+        if path == locked:
+            raise PermissionError(13, "Permission denied")
+        return is_dicom(path)
+    monkeypatch.setattr("folders.is_dicom", refuse)
+    files, _ = find_radiographs([formats / "images"])
+    assert {"png", "jpg"} < files.keys()
+
+
+def test_files_of_a_folder_that_may_be_listed_but_not_entered_are_skipped(tmp_path, monkeypatch):
+    touch(tmp_path / "a.dcm")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr("os.stat", refuse)
+    monkeypatch.setattr("os.lstat", refuse)
+    monkeypatch.setattr("folders._walk", lambda *_: [tmp_path / "a.dcm"])
+    assert find(tmp_path) == ({}, {"a.dcm": "cannot be opened: Permission denied"})
 
 
 def test_files_that_are_named_are_read(formats):

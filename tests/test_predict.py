@@ -262,6 +262,14 @@ def test_files_and_folders_are_predicted_together(tmp_path, square, checkpoint):
     assert predict_sources(checkpoint, tmp_path / "output", square, path) == (0, {"a", "b"})
 
 
+def test_a_file_that_its_picture_would_replace_is_kept(tmp_path, checkpoint):
+    (tmp_path / "images").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "images" / "a.png")
+    with pytest.raises(InputError, match="images/a.png would be replaced by its picture.*--output"):
+        run(tmp_path / "images", checkpoint, tmp_path)
+    assert Image.open(tmp_path / "images" / "a.png").size == (8, 8)
+
+
 def test_plots_of_an_earlier_run_are_not_predicted(tmp_path, checkpoint):
     save_image(tmp_path / "a.png")
     save_image(tmp_path / "scores.png")

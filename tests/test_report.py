@@ -96,11 +96,19 @@ def test_an_image_without_a_picture_has_no_link(tmp_path):
     assert "<a href" not in write(tmp_path, [predicted("a" * 300, 0.5)], pictures="images")
 
 
+def test_a_skipped_file_has_no_picture_of_an_earlier_run(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "IM0.png").touch()
+    assert "<a href" not in write(tmp_path, [Row("IM0", "skipped", "no")], pictures="images")
+
+
 def test_nothing_is_requested_from_elsewhere(tmp_path):
     page = write(tmp_path, [predicted("a", 0.5)], plots=["curves.png"])
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert set(sources) == {"data:,", "curves.png"} and "//" not in page
 
 
-def test_bytes_that_are_not_text_are_escaped(tmp_path):
-    assert r"\udcf6" in write(tmp_path, [Row("f\udcf6hn", "skipped", "is damaged")])
+@pytest.mark.parametrize("pictures", [None, "images"])
+def test_bytes_that_are_not_text_are_escaped(tmp_path, pictures):
+    row = Row("f\udcf6hn", "skipped", "is damaged")
+    assert r"\udcf6" in write(tmp_path, [row], pictures=pictures)
