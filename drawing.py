@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,11 +144,9 @@ def _label(picture, corner, text, white):
     draw.text((x + 3, y + height / 2), text, white, font, anchor="lm")
 
 
+@lru_cache
 def _font(width):
-    return _load_font(max(width // 64, 12))
-
-
-_load_font = cache(ImageFont.load_default)
+    return ImageFont.load_default(max(width // 64, 12))
 
 
 def _footer(overlay, width, drawn, levels):
