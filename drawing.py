@@ -1,7 +1,6 @@
 """Draws a radiograph with its mask, predicted and true boxes, for all scripts, the report and the
 notebooks."""
 
-import errno
 import io
 import os
 import textwrap
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from skimage.measure import find_contours
 
-from cli import atomic_write
+from cli import DISK_ERRORS, atomic_write
 from dicom import Radiograph
 from metrics import Thresholds, find_boxes, rescale_boxes
 
@@ -29,8 +28,6 @@ HEAT, HEAT_OPACITIES = (255, 80, 0), (0, 0.12, 0.24, 0.36)  # for each quarter o
 STYLES = {  # (colour, dashed) by name in the legend
     "mask": (OUTLINE, False), "truth": (TRUTH, False), "prediction": (PREDICTION, True)}
 WAITING = 32  # pictures that may wait to be drawn; more would fill the memory
-NAME_ERRORS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EILSEQ,
-               errno.EINVAL}
 
 
 class Overlay(NamedTuple):
@@ -201,7 +198,7 @@ def encode_png(picture: Image.Image) -> bytes:
 
 
 def save_overlay(folder: Path, overlay: Overlay, *, heat: bool = False) -> None:
-    """Writes `folder`/<patient_id>.png; prints a warning if the disk refuses the name."""
+    """Writes `folder`/<patient_id>.png; prints a warning unless the disk itself is at fault."""
     content = encode_png(draw_overlay(overlay, heat=heat))
     # UTF-8 whatever the locale
     path = folder / os.fsdecode(f"{overlay.patient_id}.png".encode())
@@ -210,7 +207,7 @@ def save_overlay(folder: Path, overlay: Overlay, *, heat: bool = False) -> None:
         with atomic_write(path) as file:
             file.write(content)
     except OSError as error:
-        if error.errno not in NAME_ERRORS:
+        if error.errno in DISK_ERRORS:
             raise
         print(f"warning: no picture of {overlay.patient_id}: {error.strerror}")
 
