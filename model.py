@@ -17,20 +17,15 @@ FEWEST_PATCHES = 32  # a side; five halvings leave 1
 PRIOR_LOGIT = -3.0
 
 
-class ConvBlock(nn.Module):
+class ConvBlock(nn.Sequential):
     """3x3 convolution, BatchNorm, LeakyReLU; the convolution alone with `plain`."""
 
     def __init__(self, in_channels, out_channels, *, alpha_leaky, bn_eps, bn_momentum, plain=False):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        if plain:
-            self.bn = self.act = nn.Identity()
-        else:
+        if not plain:
             self.bn = nn.BatchNorm2d(out_channels, eps=bn_eps, momentum=bn_momentum)
             self.act = nn.LeakyReLU(alpha_leaky, inplace=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.act(self.bn(self.conv(x)))
 
 
 class UpBlock(nn.Module):
