@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,16 +23,10 @@ import parallel
 from curves import CURVE_THRESHOLDS, draw_scores
 from drawing import IMAGE_SIZE, Overlay, make_overlay, picture_writer
 from folders import find_radiographs, result_paths
-from labels import read_labels
+from labels import Labels, read_labels
 from model import Runtime, choose_runtime, load_checkpoint
 from readers import INTERNAL_ERROR, Reading, read_images
 from report import Row, row_of, write_report
-
-
-class Truth(NamedTuple):
-    """The labels given, by patient_id."""
-    boxes: dict[str, np.ndarray]  # (n, 4) in original pixels
-    views: dict[str, str]  # "AP", "PA" or ""
 
 
 def predict_files(model: torch.nn.Module, files: dict[str, Path], runtime: Runtime, *,
@@ -64,14 +58,14 @@ def thresholds_in_use(checkpoint: dict[str, Any], box: float | None,
 class Results:
     """Boxes, scores and remarks of the files predicted so far."""
 
-    def __init__(self, files: dict[str, Path], skipped: list, truth: Truth,
+    def __init__(self, files: dict[str, Path], skipped: list, labels: Labels,
                  thresholds: metrics.Thresholds):
-        self.files, self.skipped, self.truth, self.thresholds = files, skipped, truth, thresholds
+        self.files, self.skipped, self.labels, self.thresholds = files, skipped, labels, thresholds
         self.annotations, self.notes, self.rows, self.scored = {}, [], [], []
 
     def add(self, patient_id: str, reading: Reading, mask: np.ndarray | None) -> Overlay | None:
         """Adds the result for one file; returns its overlay, or None if it could not be read."""
-        path, truth = self.files[patient_id], self.truth.boxes.get(patient_id)
+        path, truth = self.files[patient_id], self.labels.boxes.get(patient_id)
         if reading.problem:
             self.skipped.append((path, reading.problem))
             return None
@@ -89,7 +83,7 @@ class Results:
             overlay.mask, overlay.original_size, overlay.truth,
             [self.thresholds.box, *CURVE_THRESHOLDS], self.thresholds.size_weight)
         self.scored.append((metrics.image_confidence(overlay.mask), len(overlay.truth) > 0,
-                            self.truth.views[overlay.patient_id], scores))
+                            self.labels.views[overlay.patient_id], scores))
 
     def gather(self, runtime: Runtime) -> None:
         """Merges the results of all processes, in the order of the files."""
@@ -138,10 +132,10 @@ class Results:
         print(*lines, sep="\n", end="\n" if lines else "")
 
     def _compare_labels(self):
-        if self.truth.boxes:
-            missing = self.truth.boxes.keys() - self.annotations.keys()
+        if self.labels.boxes:
+            missing = self.labels.boxes.keys() - self.annotations.keys()
             cli.warn("ids of the labels have no image that can be read", sorted(missing))
-            unlabelled = self.annotations.keys() - self.truth.boxes.keys()
+            unlabelled = self.annotations.keys() - self.labels.boxes.keys()
             cli.warn("images have no label and are not scored", sorted(unlabelled))
 
 
@@ -184,9 +178,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rescale_factor = args.rescale_factor or checkpoint.get("rescale_factor") or 4
     model.check_side(rescale_factor)
     thresholds = thresholds_in_use(checkpoint, args.box_threshold, args.gate_threshold)
-    truth = Truth({}, {})
+    labels = Labels({}, {})
     if args.labels:
-        truth = Truth(*read_labels(cli.require(args.labels, "file", flag="--labels")))
+        labels = read_labels(cli.require(args.labels, "file", flag="--labels"))
 
     # files
     output = cli.require(args.output, "output", flag="--output", variable="TRAINML_OUTPUT_PATH")
@@ -196,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{len(files)} files in {source}; {runtime.device.type}, {runtime.dtype}; {thresholds}")
 
     # predictions and pictures
-    results = Results(files, skipped if runtime.rank == 0 else [], truth, thresholds)
+    results = Results(files, skipped if runtime.rank == 0 else [], labels, thresholds)
     batches = list(cli.batched(files, args.batch_size))  # the same in any number of processes
     share = {key: files[key] for batch in parallel.share(batches, runtime) for key in batch}
     predictions = predict_files(model, share, runtime, batch_size=args.batch_size,
