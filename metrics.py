@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from skimage import measure
 
 # https://www.kaggle.com/c/rsna-pneumonia-detection-challenge/overview/evaluation
@@ -75,11 +76,11 @@ def parse_boxes(mask: np.ndarray, threshold: float,
     mask and confidences (n,), the mean probability of each region, in descending order.
     """
     above = mask > threshold
-    rows, columns = above.any(axis=1).nonzero()[0], above.any(axis=0).nonzero()[0]
-    if not rows.size:
+    bounds = Image.fromarray(above).getbbox()
+    if not bounds:
         return np.zeros((0, 4)), np.zeros(0)
-    top, left = rows[0], columns[0]
-    part = slice(top, rows[-1] + 1), slice(left, columns[-1] + 1)  # a fifth of the mask or less
+    left, top, right, bottom = bounds
+    part = slice(top, bottom), slice(left, right)  # a fifth of the mask or less
     labels = measure.label(above[part], connectivity=2)
     regions = [region for region in measure.regionprops(labels, mask[part])
                if region.area >= min_area]
