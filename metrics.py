@@ -223,21 +223,20 @@ def score_lines(figures: dict[str, float], images: int) -> list[str]:
 
 
 def search_thresholds(evaluation: Evaluation, gates: Sequence[float],
-                      default: tuple[int, int]) -> tuple[tuple[int, int], np.ndarray]:
-    """Finds the pair of thresholds that an Evaluation proves best; returns it and the scores (T, G)
-    of all pairs. Pairs are indices of (box threshold, gate).
+                      default: tuple[int, int]) -> tuple[int, int]:
+    """The pair of thresholds that an Evaluation proves best, as indices of (box threshold, gate).
 
     The best of many noisy scores is mostly luck. So each pair is ranked by its gain over `default`
     less PROOF standard errors of that gain; `default` stays unless this is above 0 for some pair
     (docs/experiments.md). A pair close to the default needs little proof: its gain varies little.
     """
     gated = [gate_scores(evaluation, gate) for gate in gates]
-    table = np.stack([mean_average_precision(scores) for scores in gated], axis=-1)
+    table = np.stack([mean_average_precision(scores) for scores in gated], axis=-1)  # (T, G)
     samples = np.stack([bootstrap(scores) for scores in gated], axis=-1)  # (BOOTSTRAPS, T, G)
     gains = samples - samples[:, default[0], default[1]][:, None, None]
     proven = table - table[default] - PROOF * gains.std(axis=0)
-    best = tuple(int(index) for index in np.unravel_index(proven.argmax(), proven.shape))
-    return best if proven[best] > 0 else default, table
+    best = np.unravel_index(proven.argmax(), proven.shape)
+    return best if proven[best] > 0 else default
 
 
 def choose_thresholds(evaluate: Callable[[Sequence[float]], Evaluation],
@@ -248,7 +247,7 @@ def choose_thresholds(evaluate: Callable[[Sequence[float]], Evaluation],
     gates = np.union1d(GATE_THRESHOLDS, given.gate).tolist()
     default = box_thresholds.index(given.box), gates.index(given.gate)
     evaluation = evaluate(box_thresholds)
-    (box, gate), _ = search_thresholds(evaluation, gates, default)
+    box, gate = search_thresholds(evaluation, gates, default)
     images = len(evaluation.scores)
     if (box, gate) == default:
         source = f"{given.source}; a search on {images} images proved nothing better"
