@@ -140,16 +140,6 @@ def average_precision_image(predicted_boxes, confidences, target_boxes) -> float
     return float((hits / (predictions + targets - hits)).mean())
 
 
-def score_mask(mask: np.ndarray, original_size: tuple[int, int], target_boxes: np.ndarray,
-               box_thresholds: Sequence[float],
-               size_weight: float = Thresholds().size_weight) -> list[float]:
-    """Average precision of the boxes found at each box threshold, without a gate."""
-    pairs = [Thresholds(box=threshold, gate=0, size_weight=size_weight)
-             for threshold in box_thresholds]
-    return [average_precision_image(*find_boxes(mask, original_size, pair), target_boxes)
-            for pair in pairs]
-
-
 def _count_hits(iou, threshold):
     """Number of one-to-one matches, made row by row; iou (predictions, targets)."""
     iou, hits = iou.copy(), 0
@@ -161,6 +151,18 @@ def _count_hits(iou, threshold):
     return hits
 
 
+def score_mask(mask: np.ndarray, original_size: tuple[int, int], target_boxes: np.ndarray,
+               box_thresholds: Sequence[float],
+               size_weight: float = Thresholds().size_weight) -> list[float]:
+    """Average precision of the boxes found at each box threshold, without a gate."""
+    scores = []
+    for box_threshold in box_thresholds:
+        thresholds = Thresholds(box_threshold, gate=0, size_weight=size_weight)
+        boxes, confidences = find_boxes(mask, original_size, thresholds)
+        scores.append(average_precision_image(boxes, confidences, target_boxes))
+    return scores
+
+
 def mean_average_precision(scores: np.ndarray) -> np.ndarray:
     """The challenge's score: mean over images (N, ...) without the NaN of true negatives, or 0."""
     return np.nansum(scores, axis=0) / np.maximum((~np.isnan(scores)).sum(axis=0), 1)
@@ -168,7 +170,7 @@ def mean_average_precision(scores: np.ndarray) -> np.ndarray:
 
 def total_average_precision(scores: np.ndarray) -> float:
     """The tutorial's number: sum over images (N,) divided by all, a true negative counting 0."""
-    return float(np.nansum(scores) / max(len(scores), 1))
+    return float(np.nansum(scores) / len(scores))
 
 
 def roc_auc(confidences: np.ndarray, positive: np.ndarray) -> float:
