@@ -124,7 +124,6 @@ def _allocate(size):
         if hasattr(os, "posix_fallocate"):  # reserves the space now; not on macOS and Windows
             os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
-        file.close()
         raise InputError(
             f"no room for {size / 1e9:.1f} GB of prepared images in {tempfile.gettempdir()} "
             f"({error.strerror}): set TMPDIR to a larger disk, or raise --rescale-factor"
@@ -181,19 +180,18 @@ def split(opacities: Mapping[str, bool], *, seed: int, folds: int | None = None,
     """Splits {patient_id: has_opacity} into the ids of each part: "training", "validation" and,
     with folds, "test"; `limits` caps their numbers by random choice. Raises InputError for a part
     without any."""
-    test = {}
+    parts = {"training": [], "validation": []}
     if folds:
-        outside, inside = split_fold(opacities, folds=folds, fold=fold)
-        opacities, test = {key: opacities[key] for key in outside}, {"test": inside}
-    training, validation = split_patients(opacities, seed=seed)
-    parts = {"training": training, "validation": validation, **test}
+        outside, parts["test"] = split_fold(opacities, folds=folds, fold=fold)
+        opacities = {key: opacities[key] for key in outside}
+    parts["training"], parts["validation"] = split_patients(opacities, seed=seed)
     for name, ids in parts.items():
         if not ids:
             raise InputError(f"--folds {folds} --fold {fold} leave no image for {name}: take "
                              "another fold, fewer folds or more images")
-    for name in parts.keys() & (limits or {}).keys():
-        if len(parts[name]) > limits[name]:
-            parts[name] = sorted(random.Random(seed).sample(parts[name], limits[name]))
+    for name, limit in (limits or {}).items():
+        if len(parts.get(name, ())) > limit:
+            parts[name] = sorted(random.Random(seed).sample(parts[name], limit))
     return parts
 
 
