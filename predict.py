@@ -87,8 +87,10 @@ class Results:
 
     def gather(self, runtime: Runtime) -> None:
         """Merges the results of all processes, in the order of the files."""
-        for name in ("skipped", "notes", "rows", "scored"):
-            setattr(self, name, parallel.gather(getattr(self, name), runtime))
+        self.skipped = parallel.gather(self.skipped, runtime)
+        self.notes = parallel.gather(self.notes, runtime)
+        self.rows = parallel.gather(self.rows, runtime)
+        self.scored = parallel.gather(self.scored, runtime)
         self.annotations = dict(parallel.gather(list(self.annotations.items()), runtime))
 
     def write(self, output: Path) -> None:
@@ -96,11 +98,12 @@ class Results:
 
         If no image was predicted, the results of an earlier run are kept, which is printed.
         """
-        paths = output / "annotations.json", output / "submission.csv"
-        earlier = [str(path) for path in paths if path.exists()]
+        annotations, submission = output / "annotations.json", output / "submission.csv"
+        earlier = [str(path) for path in (annotations, submission) if path.exists()]
         if self.annotations or not earlier:
-            cli.write_text(paths[0], json.dumps(self.annotations, indent=1, ensure_ascii=False))
-            cli.write_csv(paths[1], [("patientId", "PredictionString"), *self.annotations.items()])
+            cli.write_text(annotations, json.dumps(self.annotations, indent=1, ensure_ascii=False))
+            rows = [("patientId", "PredictionString"), *self.annotations.items()]
+            cli.write_csv(submission, rows)
         else:
             print(f"no image was predicted: {' and '.join(earlier)} of an earlier run stay as "
                   "they are")
@@ -129,7 +132,8 @@ class Results:
                             pictures=pictures, plots=plots)
         print(f"{summary}; see {path}")
         self._compare_labels()
-        print(*lines, sep="\n", end="\n" if lines else "")
+        for line in lines:
+            print(line)
 
     def _compare_labels(self):
         if self.labels.boxes:
