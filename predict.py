@@ -61,7 +61,7 @@ class Results:
     def __init__(self, files: dict[str, Path], skipped: list, labels: Labels,
                  thresholds: metrics.Thresholds):
         self.files, self.skipped, self.labels, self.thresholds = files, skipped, labels, thresholds
-        self.annotations, self.notes, self.rows, self.scored = {}, [], [], []
+        self.annotations, self.notes, self.rows, self.scores = {}, [], [], []
 
     def add(self, patient_id: str, reading: Reading, mask: np.ndarray | None) -> Overlay | None:
         """Adds the result for one file; returns its overlay, or None if it could not be read."""
@@ -75,22 +75,17 @@ class Results:
         self.annotations[patient_id] = metrics.prediction_string(overlay.boxes, overlay.confidences)
         self.rows.append(row_of(overlay))
         if truth is not None:
-            self._score(overlay)
+            self.scores.append(metrics.score_mask(
+                mask, overlay.original_size, truth, [self.thresholds.box, *CURVE_THRESHOLDS],
+                self.thresholds.size_weight))
         return overlay
-
-    def _score(self, overlay):
-        scores = metrics.score_mask(
-            overlay.mask, overlay.original_size, overlay.truth,
-            [self.thresholds.box, *CURVE_THRESHOLDS], self.thresholds.size_weight)
-        self.scored.append((metrics.image_confidence(overlay.mask), len(overlay.truth) > 0,
-                            self.labels.views[overlay.patient_id], scores))
 
     def gather(self, runtime: Runtime) -> None:
         """Merges the results of all processes, in the order of the files."""
         self.skipped = parallel.gather(self.skipped, runtime)
         self.notes = parallel.gather(self.notes, runtime)
         self.rows = parallel.gather(self.rows, runtime)
-        self.scored = parallel.gather(self.scored, runtime)
+        self.scores = parallel.gather(self.scores, runtime)
         self.annotations = dict(parallel.gather(list(self.annotations.items()), runtime))
 
     def write(self, output: Path) -> None:
@@ -121,12 +116,12 @@ class Results:
         summary = (f"{len(self.annotations)} images predicted, {found} with opacities; "
                    f"{len(self.skipped)} files skipped")
         lines, plots = [], []
-        if self.scored:
-            evaluation = metrics.Evaluation(float("nan"), *map(np.array, zip(*self.scored)))
+        if self.scores:
+            evaluation = self._evaluation()
             draw_scores(output, evaluation, self.thresholds)
             plots.append("scores.png")
-            lines = metrics.score_lines(
-                metrics.summarize(evaluation, self.thresholds.gate), len(self.scored))
+            figures = metrics.summarize(evaluation, self.thresholds.gate)
+            lines = metrics.score_lines(figures, len(self.scores))
         rows = [*self.rows, *(Row(str(path), "skipped", reason) for path, reason in self.skipped)]
         path = write_report(output, rows, lines=[str(self.thresholds), summary, *lines],
                             pictures=pictures, plots=plots)
@@ -134,6 +129,14 @@ class Results:
         self._compare_labels()
         for line in lines:
             print(line)
+
+    def _evaluation(self):
+        rows = [row for row in self.rows if row.true_boxes is not None]
+        return metrics.Evaluation(
+            loss=float("nan"), confidences=np.array([row.confidence for row in rows]),
+            positive=np.array([row.true_boxes > 0 for row in rows]),
+            views=np.array([self.labels.views[row.patient_id] for row in rows]),
+            scores=np.array(self.scores))
 
     def _compare_labels(self):
         if self.labels.boxes:
