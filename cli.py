@@ -45,12 +45,13 @@ def default_path(variable: str, *parts: str) -> str:
 
 
 def require(path: str | Path, kind: str, *, flag: str, variable: str | None = None) -> Path:
-    """Returns `path` as a Path if it exists, and for the kind "folder" is a folder, for "data" not
-    a zip file. An "output" folder is created and must be writable.
+    """Returns `path` as a Path. A "file" or "folder" must exist, "data" may be either but not a zip
+    file, and an "output" folder is created and must be writable.
 
     Raises InputError naming path, flag and variable.
     """
-    path, remedy = Path(path), flag + (f", or set {variable}" if variable else "")
+    path = Path(path)
+    remedy = f"{flag}, or set {variable}" if variable else flag
     if kind == "output":
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -61,12 +62,12 @@ def require(path: str | Path, kind: str, *, flag: str, variable: str | None = No
                              f"with {remedy}") from None
     elif not path.exists():
         raise InputError(f"{path} does not exist: give another with {remedy}")
-    elif kind in ("folder", "data") and not path.is_dir():
-        is_zip = zipfile.is_zipfile(path)
-        found, other = ("a zip file", "unpacks to") if is_zip else ("a file", "is in")
-        if is_zip or kind == "folder":
-            raise InputError(
-                f"{path} is {found}, not a folder: give the folder that it {other} with {remedy}")
+    elif kind != "file" and zipfile.is_zipfile(path):
+        raise InputError(f"{path} is a zip file, not a folder: give the folder that it unpacks to "
+                         f"with {remedy}")
+    elif kind == "folder" and not path.is_dir():
+        raise InputError(f"{path} is a file, not a folder: give the folder that it is in with "
+                         f"{remedy}")
     return path
 
 
@@ -178,8 +179,8 @@ def batched(iterable: Iterable, size: int) -> Iterator[list]:
 def progress(iterable: Iterable, *, total: int, description: str, scale: int = 1) -> tqdm:
     """Shows a bar on a terminal, and in a job log a plain line every LOG_SECONDS. Each of the
     `total` steps counts as `scale` images; `set_postfix_str` of the result adds to the line."""
-    options = {"total": total, "desc": description, "unit": " images",
-               "unit_scale": scale > 1 and scale, "leave": False, "disable": not _is_first()}
+    options = {"total": total, "desc": description, "unit": " images", "leave": False,
+               "unit_scale": scale if scale > 1 else False, "disable": not _is_first()}
     if not sys.stderr.isatty():
         options |= {"file": _JobLog(), "mininterval": LOG_SECONDS, "miniters": 1,
                     "delay": LOG_SECONDS,
@@ -203,8 +204,8 @@ def _is_first():
 
 
 def _let_first_report():
-    """Gives the first process time to report an error that this one shares and to exit, upon which
-    torchrun stops this one."""
+    """Waits, so that the first process can report an error that all share; torchrun then stops
+    this one."""
     if not _is_first():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(FIRST_SECONDS)
