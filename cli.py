@@ -25,7 +25,7 @@ IMAGE_SIDE = 1024  # pixels a side in the challenge; the network sees IMAGE_SIDE
 RESCALE_FACTORS = (1, 2, 4, 8, 16)
 NAMED = 5  # items named in a warning; the rest are counted
 LOG_SECONDS = 30  # between progress lines in a job log
-FIRST_SECONDS = 10  # for the first of several processes to report an error that all have
+FIRST_SECONDS = 10  # for the first of several processes to report an error
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 
@@ -80,11 +80,10 @@ class Switch(argparse.BooleanOptionalAction):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser with errors on one line, without the usage before them."""
+    """argparse's parser whose errors are InputErrors: one line, without the usage before it."""
 
     def error(self, message: str) -> None:
-        _let_first_report()
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+        raise InputError(f"{message}; see --help")
 
     def add_runtime_options(self, *, batch_size: int, rescale_factor: int | None) -> None:
         """Flags on how a network runs; a `rescale_factor` of None means the checkpoint's."""
@@ -203,14 +202,6 @@ def _is_first():
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def _let_first_report():
-    """Waits, so that the first process can report an error that all share; torchrun then stops
-    this one."""
-    if not _is_first():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(FIRST_SECONDS)
-
-
 def _terminate(signum, frame):
     raise KeyboardInterrupt(signum)
 
@@ -250,9 +241,12 @@ def run(main: Callable[[], int | None]) -> None:
             status, message = main(), ""
         except Exception as error:
             status, reason = _explain(error)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the message is printed whole
-            _let_first_report()
             message = f"error: {reason}"
+            if _is_first():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the message is printed whole
+            else:  # if all have this error, the first one reports it, and torchrun stops this one
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(FIRST_SECONDS)
     except KeyboardInterrupt as stop:  # possibly while an error is explained
         status = 128 + (stop.args[0] if stop.args else signal.SIGINT)
         message = "stopped" if _is_first() else ""
