@@ -184,7 +184,7 @@ def _fastest_precision(device):
 def save_checkpoint(path: Path, model: PneumoniaUNET, **state: Any) -> None:
     """Writes the weights, the config that rebuilds the model, and `state` (plain values and
     tensors), atomically."""
-    content = io.BytesIO()
+    content = io.BytesIO()  # torch.save to a file would hide the error of a full disk
     torch.save({"state_dict": model.state_dict(), "config": model.config, **state}, content)
     with atomic_write(path) as file:
         file.write(content.getbuffer())
