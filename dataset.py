@@ -63,7 +63,8 @@ class PneumoniaDataset(Dataset):
         self.views = [(views or {}).get(key, "") for key in self.patient_ids]
 
     def _map_images(self, file):
-        self._file, self._map = file, mmap.mmap(file.fileno(), 0)
+        self._file = file
+        self._map = mmap.mmap(file.fileno(), 0)
         self.images = np.frombuffer(self._map, np.uint8).reshape(-1, self.side, self.side)
 
     def __getstate__(self) -> dict:
@@ -243,10 +244,11 @@ class Augmentation:
 
     def __call__(self, images: torch.Tensor,
                  masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        count, size, device = len(images), images.shape[-2:], images.device
+        count, _, height, width = images.shape
+        device = images.device
         # one warp for image and mask
         nodes = self._nodes(count).to(device, non_blocking=True)
-        grid = F.interpolate(nodes, size, mode="bilinear", align_corners=True)
+        grid = F.interpolate(nodes, (height, width), mode="bilinear", align_corners=True)
         grid = grid.permute(0, 2, 3, 1)  # (B, S, S, 2)
         images = F.grid_sample(images, grid, mode="bilinear", align_corners=True)
         masks = F.grid_sample(masks, grid, mode="nearest", align_corners=True)

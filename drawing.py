@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,7 +95,6 @@ def _shade(overlay, levels):
     return Image.fromarray(np.asarray(image) + heat * np.uint8(greys))
 
 
-@cache
 def _palette(levels):
     greys = np.linspace(0, 255, GREYS // levels)[:, None].repeat(3, axis=1)
     tinted = [greys + (np.array(HEAT) - greys) * opacity for opacity in HEAT_OPACITIES[:levels]]
@@ -121,7 +120,8 @@ def _rectangles(overlay, boxes, size):
 
 def _trace(picture, points, colour, dashed):
     """Draws a thin line through points (n, 2), edged in black to stand out on bright pixels."""
-    draw, pen = ImageDraw.Draw(picture), max(round(max(picture.size) / 512), 2)
+    draw = ImageDraw.Draw(picture)
+    pen = max(round(max(picture.size) / 512), 2)
     points = np.clip(points, 0, np.subtract(picture.size, 1))
     draw.line(points.ravel().tolist(), 0, pen + 2)
     for piece in _dashes(points, 5 * pen) if dashed else [points]:
@@ -137,7 +137,8 @@ def _dashes(points, length):
 
 def _label(picture, corner, text, white):
     """Draws white text on black above a corner, or at the top where there is no room."""
-    draw, font = ImageDraw.Draw(picture), _font(picture.width)
+    draw = ImageDraw.Draw(picture)
+    font = _font(picture.width)
     width, height = font.getlength(text) + 6, font.size + 4
     x = np.clip(corner[0], 0, max(picture.width - width, 0))
     y = corner[1] - height if corner[1] >= height else 0
@@ -174,8 +175,9 @@ def _sample(strip, x, y, width, name):
         return
     levels = len(HEAT_OPACITIES)
     for level in range(levels):
-        left, tinted = x + level * width // levels, (level + 0.5) * (GREYS // levels)
-        ImageDraw.Draw(strip).rectangle([left, y - 5, left + width // levels, y + 5], int(tinted))
+        left = x + level * width // levels
+        tint = int((level + 0.5) * (GREYS // levels))
+        ImageDraw.Draw(strip).rectangle([left, y - 5, left + width // levels, y + 5], tint)
 
 
 def _caption(overlay, font, width):

@@ -142,7 +142,8 @@ def average_precision_image(predicted_boxes, confidences, target_boxes) -> float
 
 def _count_hits(iou, threshold):
     """Number of one-to-one matches, made row by row; iou (predictions, targets)."""
-    iou, hits = iou.copy(), 0
+    iou = iou.copy()
+    hits = 0
     for row in iou:
         best = row.argmax()
         if row[best] > threshold:

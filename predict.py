@@ -61,11 +61,15 @@ class Results:
     def __init__(self, files: dict[str, Path], skipped: list, labels: Labels,
                  thresholds: metrics.Thresholds):
         self.files, self.skipped, self.labels, self.thresholds = files, skipped, labels, thresholds
-        self.annotations, self.notes, self.rows, self.scores = {}, [], [], []
+        self.annotations = {}  # {patient_id: prediction string}
+        self.notes = []  # remarks on files that could be read
+        self.rows = []  # of the report, one for each image
+        self.scores = []  # of each image with a label, at the box threshold and CURVE_THRESHOLDS
 
     def add(self, patient_id: str, reading: Reading, mask: np.ndarray | None) -> Overlay | None:
         """Adds the result for one file; returns its overlay, or None if it could not be read."""
-        path, truth = self.files[patient_id], self.labels.boxes.get(patient_id)
+        path = self.files[patient_id]
+        truth = self.labels.boxes.get(patient_id)
         if reading.problem:
             self.skipped.append((path, reading.problem))
             return None
