@@ -439,7 +439,7 @@ def test_the_loader_deals_out_whole_batches_of_training_images(labelled):
     loader, _ = train.build_loader(dataset, parts["training"], args, CPU)
     batches = list(loader)
     assert len(loader) == len(batches) == 4  # 36 images; what is left of the last batch is dropped
-    training = {dataset.images[index].tobytes() for index in parts["training"]}
+    training = {image.numpy().tobytes() for image in dataset[parts["training"]][0]}
     for images, masks in batches:
         assert images.shape == masks.shape == (8, 1, 64, 64)
         assert {image.numpy().tobytes() for image in images} <= training
