@@ -109,11 +109,10 @@ class PneumoniaDataset(Dataset):
 
 
 def _allocate(size):
-    """An unnamed temporary file of `size` bytes."""
+    """An unnamed temporary file with `size` bytes reserved, except on macOS and Windows."""
     file = tempfile.TemporaryFile()
     try:
-        file.truncate(size)
-        if hasattr(os, "posix_fallocate"):  # reserves the space now; not on macOS and Windows
+        if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
         raise InputError(
