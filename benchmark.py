@@ -245,8 +245,9 @@ def measure_cache(paths: list[Path], *, rescale_factor: int, workers: int,
     for batch in torch.randperm(len(dataset)).split(batch_size):
         dataset[batch.tolist()]
     grown = peak_memory() - before
-    print(f"{len(dataset)} images ({dataset.images.nbytes / 1e9:.2f} GB) prepared and read in "
-          f"batches: peak memory grew by {grown / 1e6:.0f} MB")
+    size = len(dataset) * dataset.side**2
+    print(f"{len(dataset)} images ({size / 1e9:.2f} GB) prepared and read in batches: peak memory "
+          f"grew by {grown / 1e6:.0f} MB")
     return {"images": len(dataset), "peak": grown}
 
 

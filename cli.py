@@ -25,7 +25,7 @@ IMAGE_SIDE = 1024  # pixels a side in the challenge; the network sees IMAGE_SIDE
 RESCALE_FACTORS = (1, 2, 4, 8, 16)
 NAMED = 5  # items named in a warning; the rest are counted
 LOG_SECONDS = 30  # between progress lines in a job log
-FIRST_SECONDS = 10  # for the first of several processes to report an error that all have
+FIRST_SECONDS = 10  # for the first of several processes to report an error
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 
@@ -45,12 +45,13 @@ def default_path(variable: str, *parts: str) -> str:
 
 
 def require(path: str | Path, kind: str, *, flag: str, variable: str | None = None) -> Path:
-    """Returns `path` as a Path if it exists, and for the kind "folder" is a folder, for "data" not
-    a zip file. An "output" folder is created and must be writable.
+    """Returns `path` as a Path. A "file" or "folder" must exist, "data" may be either but not a zip
+    file, and an "output" folder is created and must be writable.
 
     Raises InputError naming path, flag and variable.
     """
-    path, remedy = Path(path), flag + (f", or set {variable}" if variable else "")
+    path = Path(path)
+    remedy = f"{flag}, or set {variable}" if variable else flag
     if kind == "output":
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -63,12 +64,12 @@ def require(path: str | Path, kind: str, *, flag: str, variable: str | None = No
         raise InputError(f"{path} does not exist: give another with {remedy}")
     elif kind != "file" and not (path.is_file() or path.is_dir()):  # a pipe is read only once
         raise InputError(f"{path} is neither a file nor a folder: give another with {remedy}")
-    elif kind in ("folder", "data") and not path.is_dir():
-        is_zip = zipfile.is_zipfile(path)
-        found, other = ("a zip file", "unpacks to") if is_zip else ("a file", "is in")
-        if is_zip or kind == "folder":
-            raise InputError(
-                f"{path} is {found}, not a folder: give the folder that it {other} with {remedy}")
+    elif kind != "file" and zipfile.is_zipfile(path):
+        raise InputError(f"{path} is a zip file, not a folder: give the folder that it unpacks to "
+                         f"with {remedy}")
+    elif kind == "folder" and not path.is_dir():
+        raise InputError(f"{path} is a file, not a folder: give the folder that it is in with "
+                         f"{remedy}")
     return path
 
 
@@ -81,11 +82,10 @@ class Switch(argparse.BooleanOptionalAction):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser with errors on one line, without the usage before them."""
+    """argparse's parser whose errors are InputErrors: one line, without the usage before it."""
 
     def error(self, message: str) -> None:
-        _let_first_report()
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+        raise InputError(f"{message}; see --help")
 
     def add_runtime_options(self, *, batch_size: int, rescale_factor: int | None) -> None:
         """Flags on how a network runs; a `rescale_factor` of None means the checkpoint's."""
@@ -180,8 +180,8 @@ def batched(iterable: Iterable, size: int) -> Iterator[list]:
 def progress(iterable: Iterable, *, total: int, description: str, scale: int = 1) -> tqdm:
     """Shows a bar on a terminal, and in a job log a plain line every LOG_SECONDS. Each of the
     `total` steps counts as `scale` images; `set_postfix_str` of the result adds to the line."""
-    options = {"total": total, "desc": description, "unit": " images",
-               "unit_scale": scale > 1 and scale, "leave": False, "disable": not _is_first()}
+    options = {"total": total, "desc": description, "unit": " images", "leave": False,
+               "unit_scale": scale if scale > 1 else False, "disable": not _is_first()}
     if not sys.stderr.isatty():
         options |= {"file": _JobLog(), "mininterval": LOG_SECONDS, "miniters": 1,
                     "delay": LOG_SECONDS,
@@ -202,14 +202,6 @@ class _JobLog(io.StringIO):
 def _is_first():
     """Whether this process prints for all that torchrun started on this machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def _let_first_report():
-    """Gives the first process time to report an error that this one shares and to exit, upon which
-    torchrun stops this one."""
-    if not _is_first():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(FIRST_SECONDS)
 
 
 def _terminate(signum, frame):
@@ -251,9 +243,12 @@ def run(main: Callable[[], int | None]) -> None:
             status, message = main(), ""
         except Exception as error:
             status, reason = _explain(error)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the message is printed whole
-            _let_first_report()
             message = f"error: {reason}"
+            if _is_first():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the message is printed whole
+            else:  # if all have this error, the first one reports it, and torchrun stops this one
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(FIRST_SECONDS)
     except KeyboardInterrupt as stop:  # possibly while an error is explained
         status = 128 + (stop.args[0] if stop.args else signal.SIGINT)
         message = "stopped" if _is_first() else ""

@@ -1,7 +1,6 @@
 """From radiographs to tensors: the cache of prepared images, masks, augmentation, the splits."""
 
 import hashlib
-import mmap
 import os
 import random
 import tempfile
@@ -40,9 +39,9 @@ class PneumoniaDataset(Dataset):
     """Radiographs with masks, in network pixels; the constructor decodes every file once.
 
     Takes files {patient_id: path}, boxes {patient_id: (n, 4)} in original pixels, and views
-    {patient_id: "AP" or "PA"}, which may lack some. The images are kept as uint8 in an unnamed,
-    memory-mapped temporary file, of which nothing is left however the run ends. Unreadable files
-    are in `skipped` [(path, reason)], remarks on readable ones in `notes` [(path, remark)].
+    {patient_id: "AP" or "PA"}, which may lack some. The images are kept as uint8 in an unnamed
+    temporary file, one after another, of which nothing is left however the run ends. Unreadable
+    files are in `skipped` [(path, reason)], remarks on readable ones in `notes` [(path, remark)].
 
     Raises InputError if more than MAX_UNREADABLE of the files cannot be read or the disk has no
     room for the images, InternalError if a bug of ours is to blame.
@@ -51,7 +50,7 @@ class PneumoniaDataset(Dataset):
     def __init__(self, files: Mapping[str, Path], boxes: Mapping[str, np.ndarray], *,
                  views: Mapping[str, str] | None = None, rescale_factor: int = 4, workers: int = 1):
         self.side = IMAGE_SIDE // rescale_factor
-        self._map_images(_allocate(len(files) * self.side**2))
+        self._file = _allocate(len(files) * self.side**2)
         self.patient_ids, self.paths, self.original_sizes = [], [], []
         self.skipped, self.notes = [], []
         readings = read_images(files.values(), rescale_factor=rescale_factor, workers=workers)
@@ -62,19 +61,14 @@ class PneumoniaDataset(Dataset):
         self.boxes = [np.asarray(boxes[key], float).reshape(-1, 4) for key in self.patient_ids]
         self.views = [(views or {}).get(key, "") for key in self.patient_ids]
 
-    def _map_images(self, file):
-        self._file, self._map = file, mmap.mmap(file.fileno(), 0)
-        self.images = np.frombuffer(self._map, np.uint8).reshape(-1, self.side, self.side)
-
     def __getstate__(self) -> dict:
         """For another process on this machine: Linux lets it open the unnamed file of the images as
         long as this process holds it."""
-        file = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
-        return self.__dict__ | {"_file": file, "_map": None, "images": None}
+        return self.__dict__ | {"_file": f"/proc/{os.getpid()}/fd/{self._file.fileno()}"}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ = state
-        self._map_images(open(state["_file"], "r+b"))
+        self._file = open(state["_file"], "rb")
 
     def _add(self, patient_id, path, reading):
         if reading.problem:
@@ -82,11 +76,11 @@ class PneumoniaDataset(Dataset):
             return
         if reading.note:
             self.notes.append((path, reading.note))
-        self.images[len(self.patient_ids)] = reading.value.image
+        self._file.write(reading.value.image)
+        self._file.flush()
         self.patient_ids.append(patient_id)
         self.paths.append(path)
         self.original_sizes.append(reading.value.original_size)
-        self._release()
 
     def _check_skipped(self, count):
         if len(self.skipped) > MAX_UNREADABLE * count:
@@ -94,11 +88,6 @@ class PneumoniaDataset(Dataset):
             kind = InternalError if self.internal_errors else InputError
             raise kind(f"{len(self.skipped)} of {count} images cannot be read, more than "
                        f"{MAX_UNREADABLE:.0%}; the first is {path}: {reason}")
-
-    def _release(self):
-        """Gives the mapped pages back to the file cache, so memory stays small."""
-        if hasattr(self._map, "madvise"):  # not on Windows
-            self._map.madvise(mmap.MADV_DONTNEED)
 
     @property
     def internal_errors(self) -> int:
@@ -110,21 +99,22 @@ class PneumoniaDataset(Dataset):
 
     def __getitem__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """A whole batch: images in 0..255 and masks of 0 and 1, both uint8 (B, 1, S, S)."""
-        images = torch.from_numpy(self.images[indices])[:, None]
-        masks = [boxes_to_mask(self.boxes[i], self.original_sizes[i], self.side) for i in indices]
-        self._release()
-        return images, torch.from_numpy(np.stack(masks))[:, None]
+        images = np.empty((len(indices), 1, self.side, self.side), np.uint8)
+        masks = np.empty_like(images)
+        for index, image, mask in zip(indices, images, masks):
+            self._file.seek(index * image.nbytes)
+            self._file.readinto(image)
+            mask[:] = boxes_to_mask(self.boxes[index], self.original_sizes[index], self.side)
+        return torch.from_numpy(images), torch.from_numpy(masks)
 
 
 def _allocate(size):
-    """An unnamed temporary file of `size` bytes."""
+    """An unnamed temporary file with `size` bytes reserved, except on macOS and Windows."""
     file = tempfile.TemporaryFile()
     try:
-        file.truncate(size)
-        if hasattr(os, "posix_fallocate"):  # reserves the space now; not on macOS and Windows
+        if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
-        file.close()
         raise InputError(
             f"no room for {size / 1e9:.1f} GB of prepared images in {tempfile.gettempdir()} "
             f"({error.strerror}): set TMPDIR to a larger disk, or raise --rescale-factor"
@@ -181,19 +171,18 @@ def split(opacities: Mapping[str, bool], *, seed: int, folds: int | None = None,
     """Splits {patient_id: has_opacity} into the ids of each part: "training", "validation" and,
     with folds, "test"; `limits` caps their numbers by random choice. Raises InputError for a part
     without any."""
-    test = {}
+    parts = {"training": [], "validation": []}
     if folds:
-        outside, inside = split_fold(opacities, folds=folds, fold=fold)
-        opacities, test = {key: opacities[key] for key in outside}, {"test": inside}
-    training, validation = split_patients(opacities, seed=seed)
-    parts = {"training": training, "validation": validation, **test}
+        outside, parts["test"] = split_fold(opacities, folds=folds, fold=fold)
+        opacities = {key: opacities[key] for key in outside}
+    parts["training"], parts["validation"] = split_patients(opacities, seed=seed)
     for name, ids in parts.items():
         if not ids:
             raise InputError(f"--folds {folds} --fold {fold} leave no image for {name}: take "
                              "another fold, fewer folds or more images")
-    for name in parts.keys() & (limits or {}).keys():
-        if len(parts[name]) > limits[name]:
-            parts[name] = sorted(random.Random(seed).sample(parts[name], limits[name]))
+    for name, limit in (limits or {}).items():
+        if len(parts.get(name, ())) > limit:
+            parts[name] = sorted(random.Random(seed).sample(parts[name], limit))
     return parts
 
 
@@ -245,10 +234,11 @@ class Augmentation:
 
     def __call__(self, images: torch.Tensor,
                  masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        count, size, device = len(images), images.shape[-2:], images.device
+        count, _, height, width = images.shape
+        device = images.device
         # one warp for image and mask
         nodes = self._nodes(count).to(device, non_blocking=True)
-        grid = F.interpolate(nodes, size, mode="bilinear", align_corners=True)
+        grid = F.interpolate(nodes, (height, width), mode="bilinear", align_corners=True)
         grid = grid.permute(0, 2, 3, 1)  # (B, S, S, 2)
         images = F.grid_sample(images, grid, mode="bilinear", align_corners=True)
         masks = F.grid_sample(masks, grid, mode="nearest", align_corners=True)

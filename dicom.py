@@ -117,17 +117,13 @@ def read_radiograph(path: str | Path | io.BytesIO, rescale_factor: int = 4,
     side = IMAGE_SIDE // rescale_factor
     with decoding_errors():
         start = _start(path)
-    is_image = start.startswith(IMAGE_SIGNATURES) and start[128:] != b"DICM"
-    try:
-        if is_image:
-            frame = shown = _read_image(path)
-            original_size = frame.size[::-1]
-        else:
-            frame, shown, original_size = _read_dicom(path, side, image_size)
-        small = frame.resize((side, side), Image.Resampling.BILINEAR, reducing_gap=1.0)
-        display = _display(shown, image_size) if image_size else None
-    except MemoryError as error:
-        raise UnreadableImage(reason_of(error)) from None
+    if start.startswith(IMAGE_SIGNATURES) and start[128:] != b"DICM":
+        frame = shown = _read_image(path)
+        original_size = frame.size[::-1]
+    else:
+        frame, shown, original_size = _read_dicom(path, side, image_size)
+    small = frame.resize((side, side), Image.Resampling.BILINEAR, reducing_gap=1.0)
+    display = _display(shown, image_size) if image_size else None
     image = unit_range(np.asarray(small))
     if not image.any():
         note("is constant: all of its pixels have the same value")

@@ -1,7 +1,6 @@
 """Draws a radiograph with its mask, predicted and true boxes, for all scripts, the report and the
 notebooks."""
 
-import errno
 import io
 import os
 import textwrap
@@ -9,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from skimage.measure import find_contours
 
-from cli import atomic_write
+from cli import DISK_ERRORS, atomic_write
 from dicom import Radiograph
 from metrics import Thresholds, find_boxes, rescale_boxes
 
@@ -26,11 +25,9 @@ LEGIBLE, NARROWEST = 400, 48  # pixels; minimum of the longest and of the shorte
 GREYS, TRUTH, PREDICTION, OUTLINE = 252, 252, 253, 254  # palette: 252 greys, then the lines
 COLOURS = (86, 180, 233), (240, 228, 66), (230, 159, 0)  # RGB; distinct without colour vision
 HEAT, HEAT_OPACITIES = (255, 80, 0), (0, 0.12, 0.24, 0.36)  # for each quarter of probability
-STYLES = {  # (colour, dashed) by name in the legend, in the order of drawing
+STYLES = {  # (colour, dashed) by name in the legend
     "mask": (OUTLINE, False), "truth": (TRUTH, False), "prediction": (PREDICTION, True)}
 WAITING = 32  # pictures that may wait to be drawn; more would fill the memory
-NAME_ERRORS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EILSEQ,
-               errno.EINVAL}
 
 
 class Overlay(NamedTuple):
@@ -62,18 +59,20 @@ def draw_overlay(overlay: Overlay, *, heat: bool = False, legend: bool = True) -
     tints the image by its mask.
     """
     levels = len(HEAT_OPACITIES) if heat else 1
+    white = GREYS // levels - 1
     picture = _shade(overlay, levels)
-    truth = [] if overlay.truth is None else overlay.truth
-    true, predicted = (_rectangles(boxes, overlay.original_size, picture.size)
-                       for boxes in (truth, overlay.boxes))
-    shapes = dict(zip(STYLES, (_outlines(overlay, picture.size), true, predicted)))
+    shapes = {"mask": _outlines(overlay, picture.size),
+              "truth": _rectangles(overlay, overlay.truth, picture.size),
+              "prediction": _rectangles(overlay, overlay.boxes, picture.size)}
     for name, lines in shapes.items():
         for points in lines:
             _trace(picture, points, *STYLES[name])
-    for points, confidence in zip(predicted, overlay.confidences):
-        _label(picture, points[0], f"{confidence:.2f}", GREYS // levels - 1)
-    drawn = [name for name in STYLES if len(shapes[name])]
-    footer = _footer(overlay, max(picture.width, LEGIBLE), drawn if legend else [], levels)
+    for points, confidence in zip(shapes["prediction"], overlay.confidences):
+        _label(picture, points[0], f"{confidence:.2f}", white)
+    names = [name for name in shapes if len(shapes[name])] if legend else []
+    if names and heat:
+        names.append("heat")
+    footer = _footer(overlay, max(picture.width, LEGIBLE), names, white)
     canvas = Image.new("L", (footer.width, picture.height + footer.height))
     canvas.paste(picture)
     canvas.paste(footer, (0, picture.height))
@@ -96,7 +95,6 @@ def _shade(overlay, levels):
     return Image.fromarray(np.asarray(image) + heat * np.uint8(greys))
 
 
-@cache
 def _palette(levels):
     greys = np.linspace(0, 255, GREYS // levels)[:, None].repeat(3, axis=1)
     tinted = [greys + (np.array(HEAT) - greys) * opacity for opacity in HEAT_OPACITIES[:levels]]
@@ -112,15 +110,18 @@ def _outlines(overlay, size):
     return [(contour[:, ::-1] - 0.5) * scale for contour in contours]
 
 
-def _rectangles(boxes, original_size, size):
-    """Closed lines (n, 5, 2) of x, y around boxes."""
-    x, y, w, h = rescale_boxes(boxes, original_size, size[::-1]).T
+def _rectangles(overlay, boxes, size):
+    """Closed lines (n, 5, 2) of x, y around boxes; none if the boxes are unknown."""
+    if boxes is None:
+        return []
+    x, y, w, h = rescale_boxes(boxes, overlay.original_size, size[::-1]).T
     return np.stack([[x, x + w, x + w, x, x], [y, y, y + h, y + h, y]]).T
 
 
 def _trace(picture, points, colour, dashed):
     """Draws a thin line through points (n, 2), edged in black to stand out on bright pixels."""
-    draw, pen = ImageDraw.Draw(picture), max(round(max(picture.size) / 512), 2)
+    draw = ImageDraw.Draw(picture)
+    pen = max(round(max(picture.size) / 512), 2)
     points = np.clip(points, 0, np.subtract(picture.size, 1))
     draw.line(points.ravel().tolist(), 0, pen + 2)
     for piece in _dashes(points, 5 * pen) if dashed else [points]:
@@ -136,7 +137,8 @@ def _dashes(points, length):
 
 def _label(picture, corner, text, white):
     """Draws white text on black above a corner, or at the top where there is no room."""
-    draw, font = ImageDraw.Draw(picture), _font(picture.width)
+    draw = ImageDraw.Draw(picture)
+    font = _font(picture.width)
     width, height = font.getlength(text) + 6, font.size + 4
     x = np.clip(corner[0], 0, max(picture.width - width, 0))
     y = corner[1] - height if corner[1] >= height else 0
@@ -144,45 +146,45 @@ def _label(picture, corner, text, white):
     draw.text((x + 3, y + height / 2), text, white, font, anchor="lm")
 
 
+@lru_cache
 def _font(width):
-    return _load_font(max(width // 64, 12))
+    return ImageFont.load_default(max(width // 64, 12))
 
 
-_load_font = cache(ImageFont.load_default)
-
-
-def _footer(overlay, width, drawn, levels):
-    """The strip below a picture: a legend of the names `drawn`, then the id and the thresholds."""
+def _footer(overlay, width, names, white):
+    """The strip below a picture: a legend of `names`, then the id and the thresholds."""
     font = _font(width)
     row, indent = font.size * 3 // 2, font.size // 2
     lines = _caption(overlay, font, width - 2 * indent)
-    strip = Image.new("L", (width, row * (len(lines) + bool(drawn))))
-    write = partial(ImageDraw.Draw(strip).text, fill=GREYS // levels - 1, font=font, anchor="lm")
+    strip = Image.new("L", (width, row * (len(lines) + bool(names))))
+    write = partial(ImageDraw.Draw(strip).text, fill=white, font=font, anchor="lm")
     x, y = indent, row // 2
-    for name in [*drawn, "heat"] if drawn and levels > 1 else drawn:
-        _sample(strip, x, y, 3 * font.size, name, levels)
+    for name in names:
+        _sample(strip, x, y, 3 * font.size, name)
         write((x + 3.5 * font.size, y), name)
         x += 4.5 * font.size + font.getlength(name)
-    for number, line in enumerate(lines, bool(drawn)):
+    for number, line in enumerate(lines, bool(names)):
         write((indent, (number + 0.5) * row), line)
     return strip
 
 
-def _sample(strip, x, y, width, name, levels):
+def _sample(strip, x, y, width, name):
     """Draws what a name in the legend stands for, `width` pixels wide from x, centred on y."""
     if name in STYLES:
         _trace(strip, np.array([[x, y], [x + width, y]]), *STYLES[name])
         return
+    levels = len(HEAT_OPACITIES)
     for level in range(levels):
-        left, tinted = x + level * width // levels, (level + 0.5) * (GREYS // levels)
-        ImageDraw.Draw(strip).rectangle([left, y - 5, left + width // levels, y + 5], int(tinted))
+        left = x + level * width // levels
+        tint = int((level + 0.5) * (GREYS // levels))
+        ImageDraw.Draw(strip).rectangle([left, y - 5, left + width // levels, y + 5], tint)
 
 
 def _caption(overlay, font, width):
     """The id and the thresholds as lines of text that fit into `width` pixels."""
-    is_empty = overlay.thresholds and not len(overlay.boxes)
-    texts = [", ".join(filter(None, [overlay.patient_id, "no opacity found" if is_empty else ""])),
-             str(overlay.thresholds or "")]
+    texts = [overlay.patient_id, str(overlay.thresholds or "")]
+    if overlay.thresholds and not len(overlay.boxes):
+        texts[0] += ", no opacity found"
     lines = []
     for text in filter(None, texts):
         fitting = int(len(text) * width / font.getlength(text)) - 1
@@ -203,7 +205,7 @@ def picture_path(folder: Path, patient_id: str) -> Path:
 
 
 def save_overlay(folder: Path, overlay: Overlay, *, heat: bool = False) -> None:
-    """Writes `folder`/<patient_id>.png; prints a warning if the disk refuses the name."""
+    """Writes `folder`/<patient_id>.png; prints a warning unless the disk itself is at fault."""
     content = encode_png(draw_overlay(overlay, heat=heat))
     path = picture_path(folder, overlay.patient_id)
     try:
@@ -211,7 +213,7 @@ def save_overlay(folder: Path, overlay: Overlay, *, heat: bool = False) -> None:
         with atomic_write(path) as file:
             file.write(content)
     except OSError as error:
-        if error.errno not in NAME_ERRORS:
+        if error.errno in DISK_ERRORS:
             raise
         print(f"warning: no picture of {overlay.patient_id}: {error.strerror}")
 

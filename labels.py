@@ -3,6 +3,7 @@
 import io
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,12 @@ OTHER_KINDS = {  # first bytes of files named .csv that are something else
     rb"PK\x03\x04": "a zip archive or an Excel workbook", rb"\x1f\x8b": "a gzip file",
     rb"\xff\xfe|\xfe\xff|[^\0]{0,99}\0": "UTF-16 text",
 }
+
+
+class Labels(NamedTuple):
+    """What a table says of each radiograph, by patient_id."""
+    boxes: dict[str, np.ndarray]  # (n, 4) in original pixels
+    views: dict[str, str]  # "AP", "PA" or ""
 
 
 def _read_cells(path):
@@ -98,15 +105,12 @@ def read_boxes(path: Path) -> pd.DataFrame:
     return table
 
 
-def read_labels(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Boxes {patient_id: (n, 4)} in original pixels and views {patient_id: "AP", "PA" or ""} of a
-    train.csv, or of a label table of the challenge, which has no views.
-
-    Raises InputError as read_boxes does.
-    """
+def read_labels(path: Path) -> Labels:
+    """Reads a train.csv, or a label table of the challenge, which has no views; raises InputError
+    as read_boxes does."""
     table = read_boxes(path)
     boxes = dict.fromkeys(table["patientId"], np.zeros((0, 4)))
     positive = table[table["Target"] == 1]
     for patient_id, rows in positive.groupby("patientId")[BOX_COLUMNS]:
         boxes[patient_id] = rows.to_numpy()
-    return boxes, dict(zip(table["patientId"], table["ViewPosition"]))
+    return Labels(boxes, dict(zip(table["patientId"], table["ViewPosition"])))

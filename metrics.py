@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from skimage import measure
 
 # https://www.kaggle.com/c/rsna-pneumonia-detection-challenge/overview/evaluation
@@ -75,11 +76,11 @@ def parse_boxes(mask: np.ndarray, threshold: float,
     mask and confidences (n,), the mean probability of each region, in descending order.
     """
     above = mask > threshold
-    rows, columns = above.any(axis=1).nonzero()[0], above.any(axis=0).nonzero()[0]
-    if not rows.size:
+    bounds = Image.fromarray(above).getbbox()
+    if not bounds:
         return np.zeros((0, 4)), np.zeros(0)
-    top, left = rows[0], columns[0]
-    part = slice(top, rows[-1] + 1), slice(left, columns[-1] + 1)  # a fifth of the mask or less
+    left, top, right, bottom = bounds
+    part = slice(top, bottom), slice(left, right)  # a fifth of the mask or less
     labels = measure.label(above[part], connectivity=2)
     regions = [region for region in measure.regionprops(labels, mask[part])
                if region.area >= min_area]
@@ -139,25 +140,28 @@ def average_precision_image(predicted_boxes, confidences, target_boxes) -> float
     return float((hits / (predictions + targets - hits)).mean())
 
 
-def score_mask(mask: np.ndarray, original_size: tuple[int, int], target_boxes: np.ndarray,
-               box_thresholds: Sequence[float],
-               size_weight: float = Thresholds().size_weight) -> list[float]:
-    """Average precision of the boxes found at each box threshold, without a gate."""
-    pairs = [Thresholds(box=threshold, gate=0, size_weight=size_weight)
-             for threshold in box_thresholds]
-    return [average_precision_image(*find_boxes(mask, original_size, pair), target_boxes)
-            for pair in pairs]
-
-
 def _count_hits(iou, threshold):
     """Number of one-to-one matches, made row by row; iou (predictions, targets)."""
-    iou, hits = iou.copy(), 0
+    iou = iou.copy()
+    hits = 0
     for row in iou:
         best = row.argmax()
         if row[best] > threshold:
             iou[:, best] = 0
             hits += 1
     return hits
+
+
+def score_mask(mask: np.ndarray, original_size: tuple[int, int], target_boxes: np.ndarray,
+               box_thresholds: Sequence[float],
+               size_weight: float = Thresholds().size_weight) -> list[float]:
+    """Average precision of the boxes found at each box threshold, without a gate."""
+    scores = []
+    for box_threshold in box_thresholds:
+        thresholds = Thresholds(box_threshold, gate=0, size_weight=size_weight)
+        boxes, confidences = find_boxes(mask, original_size, thresholds)
+        scores.append(average_precision_image(boxes, confidences, target_boxes))
+    return scores
 
 
 def mean_average_precision(scores: np.ndarray) -> np.ndarray:
@@ -167,7 +171,7 @@ def mean_average_precision(scores: np.ndarray) -> np.ndarray:
 
 def total_average_precision(scores: np.ndarray) -> float:
     """The tutorial's number: sum over images (N,) divided by all, a true negative counting 0."""
-    return float(np.nansum(scores) / max(len(scores), 1))
+    return float(np.nansum(scores) / len(scores))
 
 
 def roc_auc(confidences: np.ndarray, positive: np.ndarray) -> float:
@@ -222,21 +226,20 @@ def score_lines(figures: dict[str, float], images: int) -> list[str]:
 
 
 def search_thresholds(evaluation: Evaluation, gates: Sequence[float],
-                      default: tuple[int, int]) -> tuple[tuple[int, int], np.ndarray]:
-    """Finds the pair of thresholds that an Evaluation proves best; returns it and the scores (T, G)
-    of all pairs. Pairs are indices of (box threshold, gate).
+                      default: tuple[int, int]) -> tuple[int, int]:
+    """The pair of thresholds that an Evaluation proves best, as indices of (box threshold, gate).
 
     The best of many noisy scores is mostly luck. So each pair is ranked by its gain over `default`
     less PROOF standard errors of that gain; `default` stays unless this is above 0 for some pair
     (docs/experiments.md). A pair close to the default needs little proof: its gain varies little.
     """
     gated = [gate_scores(evaluation, gate) for gate in gates]
-    table = np.stack([mean_average_precision(scores) for scores in gated], axis=-1)
+    table = np.stack([mean_average_precision(scores) for scores in gated], axis=-1)  # (T, G)
     samples = np.stack([bootstrap(scores) for scores in gated], axis=-1)  # (BOOTSTRAPS, T, G)
     gains = samples - samples[:, default[0], default[1]][:, None, None]
     proven = table - table[default] - PROOF * gains.std(axis=0)
-    best = tuple(int(index) for index in np.unravel_index(proven.argmax(), proven.shape))
-    return best if proven[best] > 0 else default, table
+    best = np.unravel_index(proven.argmax(), proven.shape)
+    return best if proven[best] > 0 else default
 
 
 def choose_thresholds(evaluate: Callable[[Sequence[float]], Evaluation],
@@ -247,7 +250,7 @@ def choose_thresholds(evaluate: Callable[[Sequence[float]], Evaluation],
     gates = np.union1d(GATE_THRESHOLDS, given.gate).tolist()
     default = box_thresholds.index(given.box), gates.index(given.gate)
     evaluation = evaluate(box_thresholds)
-    (box, gate), _ = search_thresholds(evaluation, gates, default)
+    box, gate = search_thresholds(evaluation, gates, default)
     images = len(evaluation.scores)
     if (box, gate) == default:
         source = f"{given.source}; a search on {images} images proved nothing better"

@@ -18,20 +18,15 @@ FEWEST_PATCHES = 32  # a side; five halvings leave 1
 PRIOR_LOGIT = -3.0
 
 
-class ConvBlock(nn.Module):
+class ConvBlock(nn.Sequential):
     """3x3 convolution, BatchNorm, LeakyReLU; the convolution alone with `plain`."""
 
     def __init__(self, in_channels, out_channels, *, alpha_leaky, bn_eps, bn_momentum, plain=False):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        if plain:
-            self.bn = self.act = nn.Identity()
-        else:
+        if not plain:
             self.bn = nn.BatchNorm2d(out_channels, eps=bn_eps, momentum=bn_momentum)
             self.act = nn.LeakyReLU(alpha_leaky, inplace=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.act(self.bn(self.conv(x)))
 
 
 class UpBlock(nn.Module):
@@ -190,7 +185,7 @@ def _fastest_precision(device):
 def save_checkpoint(path: Path, model: PneumoniaUNET, **state: Any) -> None:
     """Writes the weights, the config that rebuilds the model, and `state` (plain values and
     tensors), atomically."""
-    content = io.BytesIO()
+    content = io.BytesIO()  # torch.save to a file would hide the error of a full disk
     torch.save({"state_dict": model.state_dict(), "config": model.config, **state}, content)
     with atomic_write(path) as file:
         file.write(content.getbuffer())

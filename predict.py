@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,16 +24,10 @@ import parallel
 from curves import CURVE_THRESHOLDS, draw_scores
 from drawing import IMAGE_SIZE, Overlay, make_overlay, picture_path, picture_writer
 from folders import find_radiographs, result_paths
-from labels import read_labels
+from labels import Labels, read_labels
 from model import Runtime, choose_runtime, load_checkpoint
 from readers import INTERNAL_ERROR, Reading, read_images
 from report import Row, row_of, write_report
-
-
-class Truth(NamedTuple):
-    """The labels given, by patient_id."""
-    boxes: dict[str, np.ndarray]  # (n, 4) in original pixels
-    views: dict[str, str]  # "AP", "PA" or ""
 
 
 def predict_files(model: torch.nn.Module, files: dict[str, Path], runtime: Runtime, *,
@@ -75,14 +69,18 @@ def picture_folder(output: Path, files: dict[str, Path]) -> Path:
 class Results:
     """Boxes, scores and remarks of the files predicted so far."""
 
-    def __init__(self, files: dict[str, Path], skipped: list, truth: Truth,
+    def __init__(self, files: dict[str, Path], skipped: list, labels: Labels,
                  thresholds: metrics.Thresholds):
-        self.files, self.skipped, self.truth, self.thresholds = files, skipped, truth, thresholds
-        self.annotations, self.notes, self.rows, self.scored = {}, [], [], []
+        self.files, self.skipped, self.labels, self.thresholds = files, skipped, labels, thresholds
+        self.annotations = {}  # {patient_id: prediction string}
+        self.notes = []  # remarks on files that could be read
+        self.rows = []  # of the report, one for each image
+        self.scores = []  # of each image with a label, at the box threshold and CURVE_THRESHOLDS
 
     def add(self, patient_id: str, reading: Reading, mask: np.ndarray | None) -> Overlay | None:
         """Adds the result for one file; returns its overlay, or None if it could not be read."""
-        path, truth = self.files[patient_id], self.truth.boxes.get(patient_id)
+        path = self.files[patient_id]
+        truth = self.labels.boxes.get(patient_id)
         if reading.problem:
             self.skipped.append((path, reading.problem))
             return None
@@ -92,20 +90,17 @@ class Results:
         self.annotations[patient_id] = metrics.prediction_string(overlay.boxes, overlay.confidences)
         self.rows.append(row_of(overlay))
         if truth is not None:
-            self._score(overlay)
+            self.scores.append(metrics.score_mask(
+                mask, overlay.original_size, truth, [self.thresholds.box, *CURVE_THRESHOLDS],
+                self.thresholds.size_weight))
         return overlay
-
-    def _score(self, overlay):
-        scores = metrics.score_mask(
-            overlay.mask, overlay.original_size, overlay.truth,
-            [self.thresholds.box, *CURVE_THRESHOLDS], self.thresholds.size_weight)
-        self.scored.append((metrics.image_confidence(overlay.mask), len(overlay.truth) > 0,
-                            self.truth.views[overlay.patient_id], scores))
 
     def gather(self, runtime: Runtime) -> None:
         """Merges the results of all processes, in the order of the files."""
-        for name in ("skipped", "notes", "rows", "scored"):
-            setattr(self, name, parallel.gather(getattr(self, name), runtime))
+        self.skipped = parallel.gather(self.skipped, runtime)
+        self.notes = parallel.gather(self.notes, runtime)
+        self.rows = parallel.gather(self.rows, runtime)
+        self.scores = parallel.gather(self.scores, runtime)
         self.annotations = dict(parallel.gather(list(self.annotations.items()), runtime))
 
     def write(self, output: Path) -> None:
@@ -113,11 +108,12 @@ class Results:
 
         If no image was predicted, the results of an earlier run are kept, which is printed.
         """
-        paths = output / "annotations.json", output / "submission.csv"
-        earlier = [str(path) for path in paths if path.exists()]
+        annotations, submission = output / "annotations.json", output / "submission.csv"
+        earlier = [str(path) for path in (annotations, submission) if path.exists()]
         if self.annotations or not earlier:
-            cli.write_text(paths[0], json.dumps(self.annotations, indent=1, ensure_ascii=False))
-            cli.write_csv(paths[1], [("patientId", "PredictionString"), *self.annotations.items()])
+            cli.write_text(annotations, json.dumps(self.annotations, indent=1, ensure_ascii=False))
+            rows = [("patientId", "PredictionString"), *self.annotations.items()]
+            cli.write_csv(submission, rows)
         else:
             print(f"no image was predicted: {' and '.join(earlier)} of an earlier run stay as "
                   "they are")
@@ -135,24 +131,33 @@ class Results:
         summary = (f"{len(self.annotations)} images predicted, {found} with opacities; "
                    f"{len(self.skipped)} files skipped")
         lines, plots = [], []
-        if self.scored:
-            evaluation = metrics.Evaluation(float("nan"), *map(np.array, zip(*self.scored)))
+        if self.scores:
+            evaluation = self._evaluation()
             draw_scores(output, evaluation, self.thresholds)
             plots.append("scores.png")
-            lines = metrics.score_lines(
-                metrics.summarize(evaluation, self.thresholds.gate), len(self.scored))
+            figures = metrics.summarize(evaluation, self.thresholds.gate)
+            lines = metrics.score_lines(figures, len(self.scores))
         rows = [*self.rows, *(Row(str(path), "skipped", reason) for path, reason in self.skipped)]
         path = write_report(output, rows, lines=[str(self.thresholds), summary, *lines],
                             pictures=pictures, plots=plots)
         print(f"{summary}; see {path}")
         self._compare_labels()
-        print(*lines, sep="\n", end="\n" if lines else "")
+        for line in lines:
+            print(line)
+
+    def _evaluation(self):
+        rows = [row for row in self.rows if row.true_boxes is not None]
+        return metrics.Evaluation(
+            loss=float("nan"), confidences=np.array([row.confidence for row in rows]),
+            positive=np.array([row.true_boxes > 0 for row in rows]),
+            views=np.array([self.labels.views[row.patient_id] for row in rows]),
+            scores=np.array(self.scores))
 
     def _compare_labels(self):
-        if self.truth.boxes:
-            missing = self.truth.boxes.keys() - self.annotations.keys()
+        if self.labels.boxes:
+            missing = self.labels.boxes.keys() - self.annotations.keys()
             cli.warn("ids of the labels have no image that can be read", sorted(missing))
-            unlabelled = self.annotations.keys() - self.truth.boxes.keys()
+            unlabelled = self.annotations.keys() - self.labels.boxes.keys()
             cli.warn("images have no label and are not scored", sorted(unlabelled))
 
 
@@ -195,9 +200,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rescale_factor = args.rescale_factor or checkpoint.get("rescale_factor") or 4
     model.check_side(rescale_factor)
     thresholds = thresholds_in_use(checkpoint, args.box_threshold, args.gate_threshold)
-    truth = Truth({}, {})
+    labels = Labels({}, {})
     if args.labels:
-        truth = Truth(*read_labels(cli.require(args.labels, "file", flag="--labels")))
+        labels = read_labels(cli.require(args.labels, "file", flag="--labels"))
 
     # files
     output = cli.require(args.output, "output", flag="--output", variable="TRAINML_OUTPUT_PATH")
@@ -207,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{len(files)} files in {source}; {runtime.device.type}, {runtime.dtype}; {thresholds}")
 
     # predictions and pictures
-    results = Results(files, skipped if runtime.rank == 0 else [], truth, thresholds)
+    results = Results(files, skipped if runtime.rank == 0 else [], labels, thresholds)
     batches = list(cli.batched(files, args.batch_size))  # the same in any number of processes
     share = {key: files[key] for batch in parallel.share(batches, runtime) for key in batch}
     predictions = predict_files(model, share, runtime, batch_size=args.batch_size,

@@ -110,7 +110,9 @@ class ReaderPool:
     thread may call, and waits for an idle reader; a reader that dies is replaced."""
 
     def __init__(self, function: Callable[[Any], Any], readers: int):
-        self.function, self.started, self.idle = function, [], SimpleQueue()
+        self.function = function
+        self.started = []
+        self.idle = SimpleQueue()  # of (process, connection)
         for _ in range(readers):
             self._start()
         self.threads = ThreadPoolExecutor(readers)  # for calls in the background
@@ -182,9 +184,11 @@ def read_files(
     about what it ignores; the traceback of any other error is printed once. If a reader crashes or
     takes too long, its files are retried one by one while no other file is read.
     """
-    paths, printed, window = list(paths), {""}, deque()
+    paths = list(paths)
     size = min(chunk_size, len(paths) // (4 * workers) + 1)  # files sent to a reader at a time
     chunks = [paths[first:first + size] for first in range(0, len(paths), size)]
+    window = deque()  # of (chunk, future)
+    printed = {""}
     pool = ReaderPool(function, min(workers, len(paths)) or 1)
     try:
         while chunks or window:

@@ -109,7 +109,7 @@ def best_pair(evaluation):
 RULES = {
     "defaults": lambda evaluation: DEFAULT,
     "best pair": best_pair,
-    "proven pair": lambda evaluation: metrics.search_thresholds(evaluation, GATES, DEFAULT)[0],
+    "proven pair": lambda evaluation: metrics.search_thresholds(evaluation, GATES, DEFAULT),
 }
 
 

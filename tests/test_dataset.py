@@ -139,12 +139,6 @@ def test_the_cache_does_without_posix_fallocate(twenty, monkeypatch):
     assert ds.PneumoniaDataset(files, **options)[[19]][0].max() == 255
 
 
-def test_the_cache_does_without_madvise(small_dataset):
-    images = small_dataset.images.copy()
-    small_dataset._map = object()  # Windows has no such call
-    np.testing.assert_array_equal(small_dataset[[0, 1]][0][:, 0], images[:2])
-
-
 def test_internal_errors_are_not_blamed_on_the_images(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(readers, "read_radiograph", None)
     with pytest.raises(InternalError, match="1 of 1 images cannot be read.*internal error"):

@@ -116,14 +116,6 @@ def test_a_fault_of_our_own_is_not_blamed_on_the_file(tmp_path, write_dicom, mon
         prepare(write_dicom(tmp_path / "a.dcm", GRADIENT.astype(np.uint8)))
 
 
-def test_too_little_memory_for_an_image_is_a_reason(tmp_path, write_dicom, monkeypatch):
-    def fail(*args, **options):
-        raise MemoryError
-    monkeypatch.setattr(dicom, "displayed", fail)
-    with pytest.raises(dicom.UnreadableImage, match="takes too much memory"):
-        prepare(write_dicom(tmp_path / "a.dcm", GRADIENT.astype(np.uint8)))
-
-
 def test_the_luminance_of_a_colour_image_is_used_with_a_warning(tmp_path, write_dicom):
     colour = np.stack([GRADIENT, GRADIENT * 0, GRADIENT * 0], -1).astype(np.uint8)
     with pytest.warns(greyscale.ImageWarning, match="colour"):

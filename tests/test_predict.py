@@ -13,6 +13,7 @@ import predict
 import readers
 from cli import InputError
 from dicom import Radiograph
+from labels import Labels
 from metrics import Thresholds
 from model import PneumoniaUNET, choose_runtime, load_checkpoint, save_checkpoint
 
@@ -365,11 +366,11 @@ def perfect(tmp_path):
     was drawn of them."""
     masks = np.zeros((2, 64, 64))
     masks[0, 16:32, 8:24], masks[1] = 0.9, 0.1
-    truth = predict.Truth({"ill": np.array([[128, 256, 256, 256]]), "well": np.zeros((0, 4))},
-                          {"ill": "AP", "well": "PA"})
+    labels = Labels({"ill": np.array([[128, 256, 256, 256]]), "well": np.zeros((0, 4))},
+                    {"ill": "AP", "well": "PA"})
     reading = readers.Reading(Radiograph(np.zeros((64, 64), np.uint8), (1024, 1024)))
-    files = {name: tmp_path / f"{name}.dcm" for name in truth.boxes}
-    results = predict.Results(files, [], truth, Thresholds(0.5, 0.5, size_weight=1))
+    files = {name: tmp_path / f"{name}.dcm" for name in labels.boxes}
+    results = predict.Results(files, [], labels, Thresholds(0.5, 0.5, size_weight=1))
     return results, {name: results.add(name, reading, mask) for name, mask in zip(files, masks)}
 
 
@@ -398,7 +399,7 @@ def test_a_picture_knows_its_id_and_the_thresholds_in_use(perfect):
 
 
 def test_without_labels_no_truth_is_drawn_and_nothing_scored(tmp_path, capsys):
-    results = predict.Results({"a": tmp_path}, [], predict.Truth({}, {}), Thresholds())
+    results = predict.Results({"a": tmp_path}, [], Labels({}, {}), Thresholds())
     reading = readers.Reading(Radiograph(np.zeros((64, 64), np.uint8), (1024, 1024)))
     overlay = results.add("a", reading, np.zeros((64, 64)))
     results.report(tmp_path, pictures=None)

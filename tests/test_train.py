@@ -347,10 +347,9 @@ def test_a_missing_table_is_named_with_the_script_that_writes_one(tmp_path, monk
 @pytest.mark.parametrize("flags", [
     ["--epochs", "0"], ["--lr", "-1"], ["--lr", "nan"], ["--bs", "x"], ["--bt", "2"],
     ["--rf", "3"], ["--optimizer", "lion"], ["--seed", "-1"], ["--seed", "1000000001"]])
-def test_values_out_of_range_are_refused(flags, capsys):
-    with pytest.raises(SystemExit) as stop:
+def test_values_out_of_range_are_refused(flags):
+    with pytest.raises(InputError, match=flags[0]):
         train.parse_args(flags)
-    assert stop.value.code == 2 and flags[0][:3] in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -447,7 +446,7 @@ def test_the_loader_deals_out_whole_batches_of_training_images(labelled):
     loader, _ = train.build_loader(dataset, parts["training"], args, CPU)
     batches = list(loader)
     assert len(loader) == len(batches) == 4  # 36 images; what is left of the last batch is dropped
-    training = {dataset.images[index].tobytes() for index in parts["training"]}
+    training = {image.numpy().tobytes() for image in dataset[parts["training"]][0]}
     for images, masks in batches:
         assert images.shape == masks.shape == (8, 1, 64, 64)
         assert {image.numpy().tobytes() for image in images} <= training
