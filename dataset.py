@@ -99,13 +99,11 @@ class PneumoniaDataset(Dataset):
 
     def __getitem__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """A whole batch: images in 0..255 and masks of 0 and 1, both uint8 (B, 1, S, S)."""
-        images = np.empty((len(indices), 1, self.side, self.side), np.uint8)
-        masks = np.empty_like(images)
-        for index, image, mask in zip(indices, images, masks):
-            self._file.seek(index * image.nbytes)
-            self._file.readinto(image)
-            mask[:] = boxes_to_mask(self.boxes[index], self.original_sizes[index], self.side)
-        return torch.from_numpy(images), torch.from_numpy(masks)
+        # mapped anew for each batch, so memory stays small; threads and workers may share the file
+        prepared = np.memmap(self._file, np.uint8, "r", shape=(len(self), self.side, self.side))
+        images = np.asarray(prepared[indices])
+        masks = [boxes_to_mask(self.boxes[i], self.original_sizes[i], self.side) for i in indices]
+        return torch.from_numpy(images)[:, None], torch.from_numpy(np.stack(masks))[:, None]
 
 
 def _allocate(size):
