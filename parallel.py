@@ -5,6 +5,7 @@ below change nothing.
 """
 
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -54,8 +55,8 @@ def _local_rank():
 def once(make: Callable[[], Any], runtime: Runtime) -> Any:
     """Calls `make` in one process of each machine and returns its result in all of them."""
     made = make() if _local_rank() == 0 else None
-    everywhere = gather([made], runtime)
-    return everywhere[runtime.rank - _local_rank()] if made is None else made
+    pickles = gather([pickle.dumps(made)], runtime)  # those of other machines stay closed
+    return pickle.loads(pickles[runtime.rank - _local_rank()]) if made is None else made
 
 
 def share(items: Sequence, runtime: Runtime) -> Sequence:

@@ -95,6 +95,25 @@ def test_a_data_set_given_to_another_process_maps_the_same_images(phantoms):
     assert np.array_equal(copy.images, dataset.images) and copy.patient_ids == dataset.patient_ids
 
 
+class OfAnotherMachine:
+    """Names a file that is not here."""
+
+    def __reduce__(self):
+        return open, ("/no/such/file",)
+
+
+def test_a_machine_does_not_open_the_data_set_of_another(monkeypatch):
+    sent = []
+
+    def exchange(parts, items):
+        sent.append(pickle.dumps(items))
+        parts[:] = [pickle.loads(items) for items in sent] + [[]] * (2 - len(sent))
+    monkeypatch.setattr(torch.distributed, "all_gather_object", exchange)
+    first, second = (CPU._replace(rank=rank, world=2) for rank in range(2))
+    assert isinstance(parallel.once(OfAnotherMachine, first), OfAnotherMachine)
+    assert parallel.once(lambda: "here", second) == "here"
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
