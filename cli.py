@@ -257,4 +257,6 @@ def run(main: Callable[[], int | None]) -> None:
         message = "stopped" if _is_first() else ""
     if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    for signum in (signal.SIGINT, signal.SIGTERM):  # no traceback while the interpreter ends
+        signal.signal(signum, signal.SIG_DFL)
     sys.exit(status)

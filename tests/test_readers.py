@@ -57,6 +57,17 @@ def test_a_hang_costs_one_file(tmp_path, monkeypatch, limit, hang, problem):
         "0", "1", "2", problem, "4", "5", "6", "7"]
 
 
+def test_a_signal_is_not_lost_that_comes_while_readers_end(tmp_path, monkeypatch):
+    def stop(pool, stop=readers.ReaderPool.stop):
+        stop(pool)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(readers.ReaderPool, "stop", stop)
+    paths = numbers(tmp_path, 4)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in zip(paths, readers.read_files(str, paths, workers=1)):  # leaves it unfinished
+            pass
+
+
 def test_a_file_that_ended_its_reader_is_tried_again_while_no_other_is_read(tmp_path):
     def read(path):
         tried, busy = path.with_suffix(".tried"), path.with_suffix(".busy")
