@@ -225,6 +225,8 @@ def _explain(error):
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         path = error.filename or "output"
         return 1, f"{error.strerror}: {path}; what was written before is intact"
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return 1, f"{error.strerror}: {os.fsdecode(error.filename)}; was its folder removed?"
     if isinstance(error, RuntimeError) and "gloo/transport" in text:
         return 1, "another process of this run has ended"
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
@@ -237,8 +239,8 @@ def run(main: Callable[[], int | None]) -> None:
     stops the script like Ctrl-C, with status 128 + the signal's number.
 
     An error is printed on one line, with status 2 if it is the user's and 1 if the disk is full or
-    read-only, memory runs out, another process has ended, or it is an InternalError. Any other
-    keeps its traceback.
+    read-only, a folder is gone, memory runs out, another process has ended, or it is an
+    InternalError. Any other keeps its traceback.
     """
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     if not _is_first():

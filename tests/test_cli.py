@@ -240,6 +240,8 @@ def end(capsys, monkeypatch):
      "error: no temporary folder can be written to: set TMPDIR to one"),
     (OSError(28, "No space left on device", "a.tar"), 1,
      "error: No space left on device: a.tar; what was written before is intact"),
+    (FileNotFoundError(2, "No such file or directory", b"logs/events"), 1,  # TensorBoard's bytes
+     "error: No such file or directory: logs/events; was its folder removed?"),
     (MemoryError("Unable to allocate 9 GiB"), 1,
      "error: out of memory: lower --batch-size or raise --rescale-factor"),
     (RuntimeError("not enough memory: you tried to allocate memory"), 1,
