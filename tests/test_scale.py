@@ -258,7 +258,7 @@ def stop_in_the_middle(flags, choose):
     ids=["one of two is killed", "torchrun is stopped"])
 def test_all_processes_end_and_one_goes_on(quick_flags, tmp_path, capsys, choose):
     status, seconds, lines = stop_in_the_middle(quick_flags, choose)
-    assert status != 0 and seconds < 30
+    assert status != 0 and seconds < 60  # torchrun kills after 30 what has not ended
     assert any(line.startswith("continue with: python train.py --checkpoint") for line in lines)
     assert sum(line.startswith("train.py: ") for line in lines) == 1
     assert not any(line.startswith("[rank") for line in lines)  # a traceback of ours
