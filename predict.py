@@ -145,6 +145,15 @@ class Results:
             cli.warn("images have no label and are not scored", sorted(unlabelled))
 
 
+def check_pictures(folder: Path, sources: Sequence[Path]) -> None:
+    """Raises InputError if the pictures in `folder` might replace radiographs that are read."""
+    folder = folder.resolve()
+    for source in sources:
+        if folder in (source.resolve(), *source.resolve().parents):
+            raise cli.InputError(f"{source}: the pictures would be written among the radiographs; "
+                                 "give another folder with --output")
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument_group("files").add_argument
@@ -190,6 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # files
     output = cli.require(args.output, "output", flag="--output", variable="TRAINML_OUTPUT_PATH")
+    if args.save_images:
+        check_pictures(output / "images", sources)
     leave_out = [path for source in sources for path in result_paths(output, source)]
     files, skipped = parallel.once(partial(find_radiographs, sources, leave_out), runtime)
     source = args.data[0] if len(args.data) == 1 else f"the {len(args.data)} paths given"

@@ -29,7 +29,7 @@ STATEFUL = ("optimizer", "scheduler", "scaler")  # what last.pth.tar adds to the
 METRIC_NAMES = {  # in metrics.json and final.pth.tar, of what metrics.summarize returns
     "rsna": "rsna_mean_average_precision", "rsna_standard_error": "rsna_standard_error",
     "total": "total_average_precision", "auc": "image_roc_auc", "auc_AP": "image_roc_auc_AP",
-    "auc_PA": "image_roc_auc_PA", "loss": "validation_loss"}
+    "auc_PA": "image_roc_auc_PA", "loss": "loss"}
 COMPARED = ("batch_size", "epochs", "optimizer", "width", "rescale_factor", "learning_rate")
 
 

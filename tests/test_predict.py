@@ -39,6 +39,17 @@ def square(tmp_path, write_dicom):
     return tmp_path / "data"
 
 
+@pytest.mark.parametrize("name", ["images", "images/a.png"])
+def test_pictures_replace_no_radiograph(tmp_path, checkpoint, name):
+    radiograph = tmp_path / "images" / "a.png"
+    radiograph.parent.mkdir()
+    Image.fromarray(np.eye(32, dtype=np.uint8)).save(radiograph)
+    before = radiograph.read_bytes()
+    with pytest.raises(InputError, match="written among the radiographs.*--output"):
+        run(tmp_path / name, checkpoint, tmp_path)
+    assert radiograph.read_bytes() == before
+
+
 # Results
 
 
