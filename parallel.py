@@ -6,6 +6,7 @@ below change nothing.
 
 import os
 import pickle
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, Sampler
 
-from cli import InputError
+from cli import STOP_SIGNALS, InputError
 from model import Runtime
 
 PATIENCE = timedelta(hours=6)  # while one process prepares or draws the images
@@ -37,7 +38,11 @@ def join(runtime: Runtime) -> Runtime:
             raise InputError(f"{processes} processes have {gpus} GPUs: lower --nproc-per-node")
         device, backend = torch.device("cuda", _local_rank()), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
+    # while it waits for the others, a handler of Python would not be called
+    handlers = {signum: signal.signal(signum, signal.SIG_DFL) for signum in STOP_SIGNALS}
     dist.init_process_group(backend, timeout=PATIENCE)
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
     return runtime._replace(device=device, rank=dist.get_rank(), world=world)
 
 

@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -120,6 +121,36 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(parallel.InputError, match="2 processes have 1 GPUs: lower --nproc"):
         parallel.join(CPU._replace(device=torch.device("cuda")))
+
+
+JOIN = """
+import cli, model, parallel
+cli.run(lambda: parallel.join(model.choose_runtime("cpu", "fp32")))
+"""
+
+
+def listens(port):
+    with socket.socket() as client:
+        return client.connect_ex(("localhost", port)) == 0
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_waits_for_the_others_can_be_stopped(signum):
+    with socket.create_server(("localhost", 0)) as listener:
+        port = listener.getsockname()[1]
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+                                "MASTER_PORT": str(port)}
+    process = subprocess.Popen([sys.executable, "-c", JOIN], cwd=ROOT, env=environment,
+                               stderr=subprocess.PIPE)
+    while not listens(port):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signum)
+    try:
+        errors = process.communicate(timeout=20)[1]
+    finally:
+        process.kill()
+    assert process.returncode == -signum and b"Traceback" not in errors
 
 
 # Training and evaluation as in one process
