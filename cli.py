@@ -26,6 +26,7 @@ RESCALE_FACTORS = (1, 2, 4, 8, 16)
 NAMED = 5  # items named in a warning; the rest are counted
 LOG_SECONDS = 30  # between progress lines in a job log
 FIRST_SECONDS = 10  # for the first of several processes to report an error
+STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 
@@ -254,4 +255,6 @@ def run(main: Callable[[], int | None]) -> None:
         message = "stopped" if _is_first() else ""
     if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    for signum in STOP_SIGNALS:  # no traceback while the interpreter ends
+        signal.signal(signum, signal.SIG_DFL)
     sys.exit(status)

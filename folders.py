@@ -15,8 +15,9 @@ TRAIN_IMAGES, TEST_IMAGES = "stage_2_train_images", "stage_2_test_images"
 MARKER = "synthetic.json"
 DICOM_SUFFIXES = {"", ".dcm", ".dicom", ".dic", ".ima"}  # and numbers; other files are opened
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
+PICTURES = "images", "validation"  # folders, in which the results are the PNG files
 RESULTS = (  # of a run, not its input
-    "images", "validation", "logs", "curves.png", "scores.png", "report.html", "annotations.json",
+    "logs", "curves.png", "scores.png", "report.html", "annotations.json",
     "submission.csv", "skipped.csv", "split.csv", "metrics.json", "last.pth.tar",
     "loss.best.pth.tar", "prec.best.pth.tar", "final.pth.tar")
 
@@ -36,11 +37,13 @@ def _text(name):
 
 
 def result_paths(output: Path, data: Path) -> list[Path]:
-    """What a search of `data` must skip: `output` if it lies inside, else the RESULTS in it."""
-    output = output.resolve()
-    if data.resolve() in output.parents:
+    """What a search of `data` must skip: `output` if it lies inside, else the results in it."""
+    output, data = output.resolve(), data.resolve()
+    if data in output.parents:
         return [output]
-    return [output / name for name in RESULTS]
+    folders = [output / name for name in PICTURES if output / name not in (data, *data.parents)]
+    pictures = [path for folder in folders for path in folder.rglob("*.png")]
+    return [output / name for name in RESULTS] + pictures
 
 
 def find_dicom_files(

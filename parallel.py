@@ -5,6 +5,8 @@ below change nothing.
 """
 
 import os
+import pickle
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -15,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, Sampler
 
-from cli import InputError
+from cli import STOP_SIGNALS, InputError
 from model import Runtime
 
 PATIENCE = timedelta(hours=6)  # while one process prepares or draws the images
@@ -36,7 +38,11 @@ def join(runtime: Runtime) -> Runtime:
             raise InputError(f"{processes} processes have {gpus} GPUs: lower --nproc-per-node")
         device, backend = torch.device("cuda", _local_rank()), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
+    # while it waits for the others, a handler of Python would not be called
+    handlers = {signum: signal.signal(signum, signal.SIG_DFL) for signum in STOP_SIGNALS}
     dist.init_process_group(backend, timeout=PATIENCE)
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
     return runtime._replace(device=device, rank=dist.get_rank(), world=world)
 
 
@@ -54,8 +60,8 @@ def _local_rank():
 def once(make: Callable[[], Any], runtime: Runtime) -> Any:
     """Calls `make` in one process of each machine and returns its result in all of them."""
     made = make() if _local_rank() == 0 else None
-    everywhere = gather([made], runtime)
-    return everywhere[runtime.rank - _local_rank()] if made is None else made
+    pickles = gather([pickle.dumps(made)], runtime)  # those of other machines stay closed
+    return pickle.loads(pickles[runtime.rank - _local_rank()]) if made is None else made
 
 
 def share(items: Sequence, runtime: Runtime) -> Sequence:

@@ -200,6 +200,8 @@ def read_files(
             if isinstance(readings, str):
                 wait([future for _, future in window])
                 readings = [pool.read(path) for path in chunk]
+            if not (chunks or window):
+                pool.stop()  # a signal would be lost while Python deletes an unfinished generator
             for reading in readings:
                 _print_once(reading.trace, printed)
                 yield reading

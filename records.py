@@ -29,7 +29,7 @@ STATEFUL = ("optimizer", "scheduler", "scaler")  # what last.pth.tar adds to the
 METRIC_NAMES = {  # in metrics.json and final.pth.tar, of what metrics.summarize returns
     "rsna": "rsna_mean_average_precision", "rsna_standard_error": "rsna_standard_error",
     "total": "total_average_precision", "auc": "image_roc_auc", "auc_AP": "image_roc_auc_AP",
-    "auc_PA": "image_roc_auc_PA", "loss": "validation_loss"}
+    "auc_PA": "image_roc_auc_PA", "loss": "loss"}
 COMPARED = ("batch_size", "epochs", "optimizer", "width", "rescale_factor", "learning_rate")
 
 
@@ -49,8 +49,8 @@ class Records:
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
-        """Closes the logs and, if the run was stopped, prints how to continue it."""
-        self.writer.close()
+        """If the run was stopped, prints how to continue it, at once, since torchrun may stop this
+        process meanwhile; closes the logs."""
         last = self.folder / "last.pth.tar"
         was_stopped = kind is not None and issubclass(kind, (KeyboardInterrupt, RuntimeError))
         if was_stopped and self.history and last.exists():
@@ -58,6 +58,7 @@ class Records:
                 name: self.arguments[name] for name in ("data", "labels", "save")}
             print("continue with: python train.py",
                   *(f"--{name} {shlex.quote(str(path))}" for name, path in flags.items()))
+        self.writer.close()
 
     def log_steps(self, last_step: int, losses: Sequence[float], learning_rate: float) -> None:
         """Logs the losses of the steps up to `last_step`, and the learning rate there."""

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import zipfile
@@ -305,3 +306,19 @@ def test_a_process_that_is_stopped_while_it_explains_an_error_has_no_traceback(r
                              env=os.environ | {"LOCAL_RANK": rank, "PYTHONPATH": str(ROOT)},
                              stderr=subprocess.PIPE)
     assert (process.returncode, process.stderr.splitlines()) == (143, lines)
+
+
+STOPPED_AS_IT_EXITS = """
+import atexit, os, signal
+import cli
+atexit.register(os.kill, os.getpid(), signal.{name})
+cli.run(lambda: 0)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_that_comes_while_the_interpreter_ends_leaves_no_traceback(name):
+    process = subprocess.run([sys.executable, "-c", STOPPED_AS_IT_EXITS.format(name=name)],
+                             text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                             stderr=subprocess.PIPE)
+    assert (process.returncode, process.stderr) == (-getattr(signal, name), "")

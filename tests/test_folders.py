@@ -231,10 +231,12 @@ def test_a_file_that_is_found_twice_is_read_once(formats):
 
 @pytest.mark.parametrize("output, left_out", [
     ("data/results", ["data/results"]),
-    ("data", [f"data/{name}" for name in RESULTS]),
+    ("data", [*(f"data/{name}" for name in RESULTS), "data/images/sub/a.png"]),
     (".", list(RESULTS)),
 ])
 def test_only_results_are_left_out_of_the_data(tmp_path, output, left_out):
+    for name in ("a.png", "a.dcm"):
+        touch(tmp_path / "data" / "images" / "sub" / name)
     found = result_paths(tmp_path / output, tmp_path / "data")
     assert found == [tmp_path / name for name in left_out]
 

@@ -263,12 +263,14 @@ def test_files_and_folders_are_predicted_together(tmp_path, square, checkpoint):
     assert predict_sources(checkpoint, tmp_path / "output", square, path) == (0, {"a", "b"})
 
 
-def test_a_file_that_its_picture_would_replace_is_kept(tmp_path, checkpoint):
+@pytest.mark.parametrize("name", ["images", "images/a.png"])
+def test_a_file_that_its_picture_would_replace_is_kept(tmp_path, checkpoint, name):
     (tmp_path / "images").mkdir()
-    Image.new("L", (8, 8)).save(tmp_path / "images" / "a.png")
+    path = save_image(tmp_path / "images" / "a.png")
+    before = path.read_bytes()
     with pytest.raises(InputError, match="images/a.png would be replaced by its picture.*--output"):
-        run(tmp_path / "images", checkpoint, tmp_path)
-    assert Image.open(tmp_path / "images" / "a.png").size == (8, 8)
+        run(tmp_path / name, checkpoint, tmp_path)
+    assert path.read_bytes() == before
 
 
 def test_plots_of_an_earlier_run_are_not_predicted(tmp_path, checkpoint):

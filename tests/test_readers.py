@@ -43,18 +43,30 @@ def spin():
         pass
 
 
-@pytest.mark.parametrize("limit, hang, problem", [
-    ("TIME_LIMIT", spin, "took more than 0.3 seconds of CPU time to decode"),
-    ("WAIT_LIMIT", signal.pause, "took more than 0.3 seconds to read")])
-def test_a_hang_costs_one_file(tmp_path, monkeypatch, limit, hang, problem):
+@pytest.mark.parametrize("limit, seconds, hang, problem", [
+    ("TIME_LIMIT", 0.3, spin, "took more than 0.3 seconds of CPU time to decode"),
+    # long enough for a reader to start on a busy machine
+    ("WAIT_LIMIT", 2, signal.pause, "took more than 2 seconds to read")])
+def test_a_hang_costs_one_file(tmp_path, monkeypatch, limit, seconds, hang, problem):
     def read(path):
         if path.name == "3":
             hang()
         return path.name
-    monkeypatch.setattr(readers, limit, 0.3)  # the readers are forked, so they see it
+    monkeypatch.setattr(readers, limit, seconds)  # the readers are forked, so they see it
     readings = list(readers.read_files(read, numbers(tmp_path, 8), workers=2))
     assert [reading.problem or reading.value for reading in readings] == [
         "0", "1", "2", problem, "4", "5", "6", "7"]
+
+
+def test_a_signal_is_not_lost_that_comes_while_readers_end(tmp_path, monkeypatch):
+    def stop(pool, stop=readers.ReaderPool.stop):
+        stop(pool)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(readers.ReaderPool, "stop", stop)
+    paths = numbers(tmp_path, 4)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in zip(paths, readers.read_files(str, paths, workers=1)):  # leaves it unfinished
+            pass
 
 
 def test_a_file_that_ended_its_reader_is_tried_again_while_no_other_is_read(tmp_path):

@@ -33,7 +33,7 @@ from model import load_checkpoint
 
 PYDICOM = Path(pydicom.data.__file__).parent
 SAMPLES = PYDICOM / "test_files"
-STOP_SECONDS = 10  # 5 and a training step in progress, on a slow machine
+STOP_SECONDS = 30  # 7 at a load of 10, most of it for the exit of the interpreter
 READER_BYTES = 1.1e9  # that a hostile file may cost beyond the 0.9 GB of a script with PyTorch
 
 

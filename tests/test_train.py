@@ -244,6 +244,7 @@ def test_a_fold_is_trained_without_and_scored_alone(start, tmp_path):
     assert parts["test"] == expected and sum(map(len, parts.values())) == 40
     assert len(parts["validation"]) == round(0.1 * (40 - len(expected)))
     assert figures["scored_images"] == len(expected)
+    assert figures["loss"] != figures["history"][-1]["loss"]  # of validation
     assert {path.stem for path in (tmp_path / "validation").iterdir()} == expected
 
 
