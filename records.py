@@ -1,7 +1,6 @@
 """What a training run keeps in its folder: checkpoints, from which it can continue, TensorBoard
 logs, split.csv, metrics.json, and report.html with its pictures."""
 
-import argparse
 import csv
 import json
 import math
@@ -170,13 +169,6 @@ def _rename(figures):
 def _finite(figures):
     """Figures with None for NaN, which JSON lacks."""
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
-
-
-def plain_values(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments as plain values, for JSON and for checkpoints that load without executing code."""
-    plain = (int, float, type(None))
-    return {key: value if isinstance(value, plain) else str(value)
-            for key, value in vars(args).items()}
 
 
 def versions() -> dict[str, str]:

@@ -30,7 +30,7 @@ from drawing import IMAGE_SIZE
 from engine import Training, evaluate, overlays, train_one_epoch
 from metrics import Thresholds, choose_thresholds, score_lines, summarize
 from model import PneumoniaUNET, Runtime, choose_runtime, load_checkpoint
-from records import Records, check_disk, plain_values, resume
+from records import Records, check_disk, resume
 
 OPTIMIZERS = {  # class, default overrides
     "adam": (torch.optim.Adam, {"lr": 5e-4}),
@@ -392,7 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, model, state = parse_args(argv)
     runtime = parallel.join(choose_runtime(args.device, args.precision))
     save = check_paths(args)
-    arguments = plain_values(args)
+    arguments = vars(args)  # numbers, strings and None: plain values for JSON and checkpoints
     print(*(f"{key}={value}" for key, value in arguments.items()),
           f"on {runtime.device.type} in {runtime.dtype}")
 

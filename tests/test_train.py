@@ -20,7 +20,7 @@ import train
 from cli import InputError
 from metrics import Thresholds
 from model import PneumoniaUNET, choose_runtime, load_checkpoint, save_checkpoint
-from records import METRIC_NAMES, Records, plain_values
+from records import METRIC_NAMES, Records
 
 CPU = choose_runtime("cpu", "fp32")
 CONTINUED = ("last.pth.tar", "loss.best.pth.tar", "prec.best.pth.tar")  # what a run goes on with
@@ -352,7 +352,7 @@ def stopped(tmp_path):
     args, *_ = train.parse_args(["--optimizer", "sgd", "--lr", "0.2", "--rf", "8",
                                  "--data", "old"])
     save_checkpoint(tmp_path / "last.pth.tar", PneumoniaUNET(patch_size=2), optimizer={},
-                    history=[{}, {}], args=plain_values(args))
+                    history=[{}, {}], args=vars(args))
     return ["--checkpoint", str(tmp_path / "last.pth.tar")]
 
 
