@@ -99,7 +99,7 @@ def build_network_stages(dataset: PneumoniaDataset, runtime: Runtime,
     """Stages that run the network, or feed it, on whole batches with train.py's defaults."""
     train_args, _, _ = train.parse_args([f"--batch-size={args.batch_size}",
                                          f"--rescale-factor={args.rescale_factor}"])
-    loader, _ = train.build_loader(dataset, range(len(dataset)), train_args, runtime)
+    loader = train.build_loader(dataset, range(len(dataset)), train_args, runtime)
     model = train.build_model(train_args)
     training = train.build_training(model, train_args, len(loader), runtime)
     batches = [batch for batch, _ in loader]

@@ -57,7 +57,6 @@ class Setup(NamedTuple):
     """What main builds before the first step."""
     training: Training
     loader: DataLoader
-    order: torch.Generator  # of the loader
     dataset: PneumoniaDataset
     parts: dict[str, list[int]]  # indices of the images of each part
     thresholds: Thresholds  # given by flags, or the defaults
@@ -223,8 +222,8 @@ def build_data(args: argparse.Namespace) -> tuple[PneumoniaDataset, dict[str, li
 
 
 def build_loader(dataset: PneumoniaDataset, training: Sequence[int], args: argparse.Namespace,
-                 runtime: Runtime) -> tuple[DataLoader, torch.Generator]:
-    """The loader of training batches, and the generator of its order.
+                 runtime: Runtime) -> DataLoader:
+    """The loader of training batches, whose order its generator decides.
 
     The sampler deals out whole batches of indices and the data set makes a batch of each, so the
     loader itself does not batch: batch_size=None.
@@ -234,9 +233,8 @@ def build_loader(dataset: PneumoniaDataset, training: Sequence[int], args: argpa
     order = WeightedRandomSampler(weights, len(training), generator=generator)
     size = args.batch_size * runtime.world  # of all processes together
     batches = parallel.SharedBatches(order, size, runtime, drop_last=len(training) >= size)
-    loader = DataLoader(Subset(dataset, training), batch_size=None, sampler=batches,
-                        generator=generator, pin_memory=runtime.device.type == "cuda")
-    return loader, generator
+    return DataLoader(Subset(dataset, training), batch_size=None, sampler=batches,
+                      generator=generator, pin_memory=runtime.device.type == "cuda")
 
 
 def build_model(args: argparse.Namespace, model: PneumoniaUNET | None = None) -> PneumoniaUNET:
@@ -331,7 +329,7 @@ def seed_epoch(setup: Setup, epoch: int) -> None:
     """Seeds an epoch, counted from 1, by its number and --seed alone, so that a continued run draws
     the same. Processes draw the same order of images, but augment them differently."""
     seed, rank = setup.arguments["seed"] * 1_000_003 + epoch - 1, setup.training.runtime.rank
-    setup.order.manual_seed(seed)
+    setup.loader.generator.manual_seed(seed)
     setup.training.augmentation.generator.manual_seed(seed + RANK_SEED * rank)
 
 
@@ -402,7 +400,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_disk(save, model)
     dataset, parts = parallel.once(partial(build_data, args), runtime)
     print(" and ".join(f"{len(part)} {name}" for name, part in parts.items()), "images", flush=True)
-    loader, order = build_loader(dataset, parts["training"], args, runtime)
+    loader = build_loader(dataset, parts["training"], args, runtime)
     prepared = time.monotonic()
 
     # optimizer; a continued run restores its states
@@ -410,7 +408,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     training = build_training(model, args, total_steps, runtime, state.get("optimizer"))
     if state:
         resume(training, state, len(loader))
-    setup = Setup(training, loader, order, dataset, parts, build_thresholds(args), arguments)
+    setup = Setup(training, loader, dataset, parts, build_thresholds(args), arguments)
     history = list(state.get("history", []))
 
     # epochs, final score

@@ -69,10 +69,13 @@ def test_each_drawn_index_goes_to_exactly_one_process(world):
 
 def test_processes_draw_the_same_order_and_augment_each_in_its_own_way():
     def draw(rank):
-        augmentation, order = Augmentation(torch.Generator()), torch.Generator()
+        augmentation = Augmentation(torch.Generator())
+        loader = SimpleNamespace(generator=torch.Generator())
         training = SimpleNamespace(augmentation=augmentation, runtime=CPU._replace(rank=rank))
-        train.seed_epoch(SimpleNamespace(arguments={"seed": 1}, order=order, training=training), 3)
-        return [torch.rand(4, generator=one).tolist() for one in (order, augmentation.generator)]
+        train.seed_epoch(
+            SimpleNamespace(arguments={"seed": 1}, loader=loader, training=training), 3)
+        return [torch.rand(4, generator=owner.generator).tolist()
+                for owner in (loader, augmentation)]
     draws = [draw(rank) for rank in range(3)]
     assert draws[0][0] == draws[1][0] == draws[2][0]
     assert draws[0][1] == draws[0][0]  # as in a run of one process

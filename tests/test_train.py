@@ -437,7 +437,7 @@ def test_debug_shortens_a_run_and_leaves_the_search_out():
 
 def test_the_loader_deals_out_whole_batches_of_training_images(labelled):
     args, dataset, parts = labelled
-    loader, _ = train.build_loader(dataset, parts["training"], args, CPU)
+    loader = train.build_loader(dataset, parts["training"], args, CPU)
     batches = list(loader)
     assert len(loader) == len(batches) == 4  # 36 images; what is left of the last batch is dropped
     training = {dataset.images[index].tobytes() for index in parts["training"]}
@@ -448,8 +448,8 @@ def test_the_loader_deals_out_whole_batches_of_training_images(labelled):
 
 def test_images_with_opacities_are_drawn_twice_as_often(labelled):
     args, dataset, parts = labelled
-    loader, order = train.build_loader(dataset, parts["training"], args, CPU)
-    drawn = np.mean([mask.any().item() for seed in range(30) if order.manual_seed(seed)
+    loader = train.build_loader(dataset, parts["training"], args, CPU)
+    drawn = np.mean([mask.any().item() for seed in range(30) if loader.generator.manual_seed(seed)
                      for _, masks in loader for mask in masks])
     positive = np.mean([len(dataset.boxes[index]) > 0 for index in parts["training"]])
     assert drawn == pytest.approx(2 * positive / (1 + positive), abs=0.05)
@@ -457,10 +457,10 @@ def test_images_with_opacities_are_drawn_twice_as_often(labelled):
 
 def test_the_order_depends_on_the_seed_alone(labelled):
     args, dataset, parts = labelled
-    loader, order = train.build_loader(dataset, parts["training"], args, CPU)
+    loader = train.build_loader(dataset, parts["training"], args, CPU)
 
     def epoch(seed):
-        order.manual_seed(seed)
+        loader.generator.manual_seed(seed)
         return torch.cat([images for images, _ in loader])
     first, again, other = epoch(1), epoch(1), epoch(2)
     assert torch.equal(first, again) and not torch.equal(first, other)
