@@ -188,11 +188,11 @@ def check_disk(folder: Path, model: torch.nn.Module) -> None:
 
 def resume(training: Training, state: dict, epoch_steps: int) -> None:
     """Restores the states of a run to continue, from the content of its last.pth.tar."""
+    for group in state["optimizer"]["param_groups"]:  # the stored form may be another device's
+        group["fused"] = training.optimizer.defaults.get("fused")
     for name in STATEFUL:
         if state[name]:  # that of a scaler not in use is empty
             getattr(training, name).load_state_dict(state[name])
-    for group in training.optimizer.param_groups:  # this device may lack the stored fused form
-        group["fused"] = training.optimizer.defaults.get("fused")
     # the number of steps in an epoch depends on the number of processes
     training.scheduler.last_epoch = len(state["history"]) * epoch_steps - 1
     training.scheduler.step()

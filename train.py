@@ -32,15 +32,13 @@ from metrics import Thresholds, choose_thresholds, score_lines, summarize
 from model import PneumoniaUNET, Runtime, choose_runtime, load_checkpoint
 from records import Records, check_disk, resume
 
-OPTIMIZERS = {  # class, default overrides
-    "adam": (torch.optim.Adam, {"lr": 5e-4}),
-    "adamw": (torch.optim.AdamW, {"lr": 5e-4, "weight_decay": 0.01}),
-    "adamax": (torch.optim.Adamax, {"lr": 1e-3}),
-    "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
-    "adagrad": (torch.optim.Adagrad, {"lr": 0.05, "initial_accumulator_value": 0.1}),
+OPTIMIZERS = {  # class, devices with a fused form since PyTorch 2.6, default overrides
+    "adam": (torch.optim.Adam, ("cpu", "cuda"), {"lr": 5e-4}),
+    "adamw": (torch.optim.AdamW, ("cpu", "cuda"), {"lr": 5e-4, "weight_decay": 0.01}),
+    "adamax": (torch.optim.Adamax, (), {"lr": 1e-3}),
+    "sgd": (torch.optim.SGD, ("cpu", "cuda"), {"lr": 0.05, "momentum": 0.9}),
+    "adagrad": (torch.optim.Adagrad, ("cpu",), {"lr": 0.05, "initial_accumulator_value": 0.1}),
 }
-FUSED = {"adam": ("cpu", "cuda"), "adamw": ("cpu", "cuda"), "sgd": ("cpu", "cuda"),
-         "adagrad": ("cpu",)}  # devices with a fused form in all versions of PyTorch from 2.6
 POSITIVE_WEIGHT = 2  # how much more often an image with opacities is drawn in training
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 DEBUG_EPOCHS, DEBUG_STEPS, DEBUG_VALIDATION_STEPS, DEBUG_IMAGES = 2, 50, 10, 100
@@ -152,7 +150,7 @@ def add_recipe_options(add: Callable) -> None:
 
 
 def _defaults(key):
-    values = {name: options.get(key) for name, (_, options) in OPTIMIZERS.items()}
+    values = {name: options.get(key) for name, (*_, options) in OPTIMIZERS.items()}
     return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
 
 
@@ -184,7 +182,8 @@ def parse_args(argv: Sequence[str] | None = None,
                    f"{done}; give {done} or more")
     check_args(args)
     if args.learning_rate is None:
-        args.learning_rate = OPTIMIZERS[args.optimizer][1]["lr"]
+        *_, defaults = OPTIMIZERS[args.optimizer]
+        args.learning_rate = defaults["lr"]
     if args.debug:
         args.epochs, args.train_threshold = min(args.epochs, DEBUG_EPOCHS), False
     return args, model, state
@@ -250,16 +249,16 @@ def build_model(args: argparse.Namespace, model: PneumoniaUNET | None = None) ->
     return model
 
 
-def build_optimizer(model: torch.nn.Module, args: argparse.Namespace, total_steps: int,
-                    stored: dict | None = None) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """The optimizer and its schedule: linear warm-up, then a cosine down to a share of the peak.
-    `stored` is the optimizer's state in a run to continue."""
-    optimizer_class, options = OPTIMIZERS[args.optimizer]
+def build_optimizer(model: torch.nn.Module, args: argparse.Namespace,
+                    total_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """The optimizer, in its fused form (one kernel for all weights) if the model's device has it,
+    and its schedule: linear warm-up, then a cosine down to a share of the peak."""
+    optimizer_class, fused_devices, options = OPTIMIZERS[args.optimizer]
     given = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "eps": args.eps,
              "momentum": args.momentum}
     options = options | {key: value for key, value in given.items() if value is not None}
-    device = next(model.parameters()).device.type
-    options = options | fused_form(args.optimizer, device, stored)
+    if next(model.parameters()).device.type in fused_devices:
+        options["fused"] = True
     optimizer = optimizer_class(model.parameters(), **options)
     warmup = math.ceil(WARMUP * total_steps)
 
@@ -272,21 +271,12 @@ def build_optimizer(model: torch.nn.Module, args: argparse.Namespace, total_step
     return optimizer, LambdaLR(optimizer, lr_factor)
 
 
-def fused_form(optimizer: str, device: str, stored: dict | None) -> dict[str, bool]:
-    """The option for one kernel over all weights, where PyTorch has it. A run to continue keeps the
-    form that it began with, if this device has it, since results differ in the last bits."""
-    is_fused = device in FUSED.get(optimizer, ())
-    if stored:
-        is_fused = is_fused and stored["param_groups"][0].get("fused")
-    return {"fused": True} if is_fused else {}
-
-
 def build_training(model: PneumoniaUNET, args: argparse.Namespace, total_steps: int,
-                   runtime: Runtime, stored: dict | None = None) -> Training:
+                   runtime: Runtime) -> Training:
     """Moves the model to the device and builds all that its training needs."""
     model = model.to(runtime.device, memory_format=torch.channels_last)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
-    optimizer, scheduler = build_optimizer(model, args, total_steps, stored)
+    optimizer, scheduler = build_optimizer(model, args, total_steps)
     return Training(model, optimizer, scheduler, scaler, Augmentation(torch.Generator()), runtime,
                     parallel.distribute(model, runtime))
 
@@ -405,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # optimizer; a continued run restores its states
     total_steps = args.epochs * len(loader)
-    training = build_training(model, args, total_steps, runtime, state.get("optimizer"))
+    training = build_training(model, args, total_steps, runtime)
     if state:
         resume(training, state, len(loader))
     setup = Setup(training, loader, dataset, parts, build_thresholds(args), arguments)
