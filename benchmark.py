@@ -101,7 +101,7 @@ def build_network_stages(dataset: PneumoniaDataset, runtime: Runtime,
                                          f"--rescale-factor={args.rescale_factor}"])
     loader = train.build_loader(dataset, range(len(dataset)), train_args, runtime)
     model = train.build_model(train_args)
-    training = train.build_training(model, train_args, len(loader), runtime)
+    training = train.build_training(model, loader, train_args, runtime)
     batches = [batch for batch, _ in loader]
     images = sum(map(len, batches))
 
@@ -109,7 +109,7 @@ def build_network_stages(dataset: PneumoniaDataset, runtime: Runtime,
         for batch, masks in loader:
             training.augmentation(runtime.load(batch), masks.to(runtime.device).float())
 
-    train_epoch = partial(train_one_epoch, training, loader, log=lambda *_: None)
+    train_epoch = partial(train_one_epoch, training, log=lambda *_: None)
     predict = partial(runtime.predict_masks, deepcopy(model).eval())
     ready = runtime.load(batches[0])
     theta = torch.eye(2, 3, device=runtime.device).expand(len(ready), 2, 3)

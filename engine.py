@@ -6,7 +6,7 @@ The processes of a run (parallel.py) share the first two; what is drawn is left 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,17 +25,45 @@ from readers import Reading, read_images
 
 CHECK_STEPS = 20  # between checks of the loss, each of which waits for the GPU
 DRAWN_TOGETHER = 16  # images in a batch of overlays
+RANK_SEED = 1009  # difference between the augmentation seeds of neighbouring ranks
+STATEFUL = ("optimizer", "scheduler", "scaler")  # what last.pth.tar adds to the model
 
 
-class Training(NamedTuple):
-    """State of a training run."""
-    model: PneumoniaUNET
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    scaler: torch.amp.GradScaler
-    augmentation: Augmentation
-    runtime: Runtime
-    network: nn.Module  # the model, wrapped in a run of several processes
+class Training:
+    """State of a training run: what its steps need and change."""
+
+    def __init__(self, model: PneumoniaUNET, optimizer: torch.optim.Optimizer,
+                 scheduler: torch.optim.lr_scheduler.LRScheduler, loader: DataLoader,
+                 runtime: Runtime):
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.loader, self.runtime = loader, runtime
+        self.augmentation = Augmentation(torch.Generator())
+        self.scaler = torch.amp.GradScaler(runtime.device.type,
+                                           enabled=runtime.dtype == torch.float16)
+        self.network = parallel.distribute(model, runtime)
+
+    def seed_epoch(self, seed: int, epoch: int) -> None:
+        """Seeds an epoch, counted from 1, by its number and the run's seed alone, so that a
+        continued run draws the same. Processes draw the same order of images, but augment them
+        differently."""
+        seed = seed * 1_000_003 + epoch - 1
+        self.loader.generator.manual_seed(seed)
+        self.augmentation.generator.manual_seed(seed + RANK_SEED * self.runtime.rank)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What last.pth.tar holds besides the weights, so that the run can continue."""
+        return {name: getattr(self, name).state_dict() for name in STATEFUL}
+
+    def load_state_dict(self, state: dict[str, Any], epochs: int) -> None:
+        """Restores the state after so many epochs."""
+        for group in state["optimizer"]["param_groups"]:  # the stored form may be another device's
+            group["fused"] = self.optimizer.defaults.get("fused")
+        for name in STATEFUL:
+            if state[name]:  # that of a scaler not in use is empty
+                getattr(self, name).load_state_dict(state[name])
+        # the number of steps in an epoch depends on the number of processes
+        self.scheduler.last_epoch = epochs * len(self.loader) - 1
+        self.scheduler.step()
 
 
 def combined_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
@@ -46,13 +74,13 @@ def combined_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(logits, masks) + 0.5 * dice
 
 
-def train_one_epoch(training: Training, loader: DataLoader,
-                    log: Callable[[int, list[float], float], None]) -> float:
+def train_one_epoch(training: Training, log: Callable[[int, list[float], float], None]) -> float:
     """One pass over the loader; returns the mean loss. Calls log(last step, losses, learning rate)
     every CHECK_STEPS steps; its step counts over all epochs. Raises InputError like check_losses.
     """
-    model, optimizer, scheduler, scaler, augmentation, runtime, network = training
-    model.train()
+    loader, runtime = training.loader, training.runtime
+    optimizer, scheduler, scaler = training.optimizer, training.scheduler, training.scaler
+    training.model.train()
     pending, total = [], 0.0
     epoch = scheduler.last_epoch // len(loader) + 1
     batches = cli.progress(loader, total=len(loader), description=f"epoch {epoch}",
@@ -60,8 +88,8 @@ def train_one_epoch(training: Training, loader: DataLoader,
     for step, (images, masks) in enumerate(batches, 1):
         # forward, on the device
         masks = masks.to(runtime.device, non_blocking=True).float()
-        images, masks = augmentation(runtime.load(images), masks)
-        loss = combined_loss(runtime.segment(network, images), masks)
+        images, masks = training.augmentation(runtime.load(images), masks)
+        loss = combined_loss(runtime.segment(training.network, images), masks)
         # backward, update
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -78,7 +106,7 @@ def train_one_epoch(training: Training, loader: DataLoader,
             log(scheduler.last_epoch, losses, scheduler.get_last_lr()[0])
             total += sum(losses)
             pending.clear()
-    parallel.share_statistics(model, runtime)
+    parallel.share_statistics(training.model, runtime)
     return total / len(loader)
 
 

@@ -24,7 +24,6 @@ from metrics import Evaluation, Thresholds, score_lines
 from model import PneumoniaUNET, save_checkpoint
 from report import row_of, write_report
 
-STATEFUL = ("optimizer", "scheduler", "scaler")  # what last.pth.tar adds to the model
 METRIC_NAMES = {  # in metrics.json and final.pth.tar, of what metrics.summarize returns
     "rsna": "rsna_mean_average_precision", "rsna_standard_error": "rsna_standard_error",
     "total": "total_average_precision", "auc": "image_roc_auc", "auc_AP": "image_roc_auc_AP",
@@ -89,8 +88,7 @@ class Records:
             path = self.folder / f"{name}.pth.tar"
             if scores is self.history[-1] or not path.exists():
                 save_checkpoint(path, training.model, **self._state(thresholds))
-        states = {name: getattr(training, name).state_dict() for name in STATEFUL}
-        save_checkpoint(self.folder / "last.pth.tar", training.model, **states,
+        save_checkpoint(self.folder / "last.pth.tar", training.model, **training.state_dict(),
                         **self._state(thresholds))
         draw_history(self.folder, self.history)
 
@@ -184,15 +182,3 @@ def check_disk(folder: Path, model: torch.nn.Module) -> None:
     if free < needed:
         raise cli.InputError(f"{folder} has {free / 1e6:.0f} MB left, a run needs "
                              f"{needed / 1e6:.0f}: free some, or give another folder with --save")
-
-
-def resume(training: Training, state: dict, epoch_steps: int) -> None:
-    """Restores the states of a run to continue, from the content of its last.pth.tar."""
-    for group in state["optimizer"]["param_groups"]:  # the stored form may be another device's
-        group["fused"] = training.optimizer.defaults.get("fused")
-    for name in STATEFUL:
-        if state[name]:  # that of a scaler not in use is empty
-            getattr(training, name).load_state_dict(state[name])
-    # the number of steps in an epoch depends on the number of processes
-    training.scheduler.last_epoch = len(state["history"]) * epoch_steps - 1
-    training.scheduler.step()

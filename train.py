@@ -25,12 +25,12 @@ from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 import cli
 import parallel
 from curves import CURVE_THRESHOLDS
-from dataset import Augmentation, PneumoniaDataset, find_labelled, load_parts, split
+from dataset import PneumoniaDataset, find_labelled, load_parts, split
 from drawing import IMAGE_SIZE
 from engine import Training, evaluate, overlays, train_one_epoch
 from metrics import Thresholds, choose_thresholds, score_lines, summarize
 from model import PneumoniaUNET, Runtime, choose_runtime, load_checkpoint
-from records import Records, check_disk, resume
+from records import Records, check_disk
 
 OPTIMIZERS = {  # class, devices with a fused form since PyTorch 2.6, default overrides
     "adam": (torch.optim.Adam, ("cpu", "cuda"), {"lr": 5e-4}),
@@ -42,8 +42,7 @@ OPTIMIZERS = {  # class, devices with a fused form since PyTorch 2.6, default ov
 POSITIVE_WEIGHT = 2  # how much more often an image with opacities is drawn in training
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 DEBUG_EPOCHS, DEBUG_STEPS, DEBUG_VALIDATION_STEPS, DEBUG_IMAGES = 2, 50, 10, 100
-LARGEST_SEED = 10**9  # PyTorch takes 64 bits, of which seed_epoch needs some for the epochs
-RANK_SEED = 1009  # difference between the augmentation seeds of neighbouring ranks
+LARGEST_SEED = 10**9  # PyTorch takes 64 bits, of which Training.seed_epoch needs some
 SHOWN, SHOWN_SIZE = 4, 512  # validation images in TensorBoard every epoch; their longest side
 # flags that a continued run does not inherit, and those that it may change
 PATH_FLAGS = ("data", "labels", "save", "checkpoint", "device", "workers")
@@ -54,7 +53,6 @@ CHANGEABLE = ("epochs", "train_threshold", "save_images", "box_threshold", "gate
 class Setup(NamedTuple):
     """What main builds before the first step."""
     training: Training
-    loader: DataLoader
     dataset: PneumoniaDataset
     parts: dict[str, list[int]]  # indices of the images of each part
     thresholds: Thresholds  # given by flags, or the defaults
@@ -271,14 +269,12 @@ def build_optimizer(model: torch.nn.Module, args: argparse.Namespace,
     return optimizer, LambdaLR(optimizer, lr_factor)
 
 
-def build_training(model: PneumoniaUNET, args: argparse.Namespace, total_steps: int,
+def build_training(model: PneumoniaUNET, loader: DataLoader, args: argparse.Namespace,
                    runtime: Runtime) -> Training:
     """Moves the model to the device and builds all that its training needs."""
     model = model.to(runtime.device, memory_format=torch.channels_last)
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
-    optimizer, scheduler = build_optimizer(model, args, total_steps)
-    return Training(model, optimizer, scheduler, scaler, Augmentation(torch.Generator()), runtime,
-                    parallel.distribute(model, runtime))
+    optimizer, scheduler = build_optimizer(model, args, args.epochs * len(loader))
+    return Training(model, optimizer, scheduler, loader, runtime)
 
 
 def build_records(setup: Setup, args: argparse.Namespace,
@@ -315,23 +311,15 @@ def check_paths(args: argparse.Namespace) -> Path:
 # The story of a run
 
 
-def seed_epoch(setup: Setup, epoch: int) -> None:
-    """Seeds an epoch, counted from 1, by its number and --seed alone, so that a continued run draws
-    the same. Processes draw the same order of images, but augment them differently."""
-    seed, rank = setup.arguments["seed"] * 1_000_003 + epoch - 1, setup.training.runtime.rank
-    setup.loader.generator.manual_seed(seed)
-    setup.training.augmentation.generator.manual_seed(seed + RANK_SEED * rank)
-
-
 def fit(setup: Setup, history: list[dict], records: Records | None) -> None:
     """Trains the epochs that are not in the history yet, and adds their figures to it."""
     training, thresholds, epochs = setup.training, setup.thresholds, setup.arguments["epochs"]
     log = records.log_steps if records else lambda *_: None
     for epoch in range(len(history) + 1, epochs + 1):
-        seed_epoch(setup, epoch)
+        training.seed_epoch(setup.arguments["seed"], epoch)
         started = time.monotonic()
-        train_loss = train_one_epoch(training, setup.loader, log)
-        images = min(len(setup.loader) * setup.loader.sampler.batch_size,
+        train_loss = train_one_epoch(training, log)
+        images = min(len(training.loader) * training.loader.sampler.batch_size,
                      len(setup.parts["training"]))
         speed = images / (time.monotonic() - started)
 
@@ -394,12 +382,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepared = time.monotonic()
 
     # optimizer; a continued run restores its states
-    total_steps = args.epochs * len(loader)
-    training = build_training(model, args, total_steps, runtime)
+    training, history = build_training(model, loader, args, runtime), []
     if state:
-        resume(training, state, len(loader))
-    setup = Setup(training, loader, dataset, parts, build_thresholds(args), arguments)
-    history = list(state.get("history", []))
+        history = state["history"]
+        training.load_state_dict(state, epochs=len(history))
+    setup = Setup(training, dataset, parts, build_thresholds(args), arguments)
 
     # epochs, final score
     with build_records(setup, args, history) as records:

@@ -12,6 +12,49 @@ from metrics import Thresholds, average_precision_image, choose_thresholds, find
 from model import PneumoniaUNET, choose_runtime
 
 CPU = choose_runtime("cpu", "fp32")
+STEPS = 5  # of an epoch
+
+
+# A run that goes on
+
+
+def build(args):
+    return train.build_training(train.build_model(args), range(STEPS), args, CPU)
+
+
+@pytest.fixture
+def begun():
+    """Arguments of a run and its state after a step."""
+    args, *_ = train.parse_args(["--optimizer", "adagrad", "--width", "4"])
+    training = build(args)
+    training.optimizer.step()
+    training.scheduler.step()
+    return args, training.state_dict()
+
+
+def test_a_run_goes_on_where_its_epochs_ended(begun):
+    args, state = begun
+    training = build(args)
+    training.load_state_dict(state, epochs=2)
+    assert training.scheduler.last_epoch == 2 * STEPS
+
+
+def test_a_run_goes_on_in_a_precision_that_scales_the_loss(begun):
+    args, state = begun
+    training = build(args)
+    training.scaler = torch.amp.GradScaler("cpu")  # as for float16 on a GPU
+    training.load_state_dict(state, epochs=2)
+    assert training.scaler.get_scale() == 65536
+
+
+def test_a_run_goes_on_on_a_device_that_lacks_the_fused_form(begun, monkeypatch):
+    args, state = begun
+    assert state["optimizer"]["param_groups"][0]["fused"]
+    optimizer_class, _, options = train.OPTIMIZERS["adagrad"]
+    monkeypatch.setitem(train.OPTIMIZERS, "adagrad", (optimizer_class, (), options))
+    training = build(args)
+    training.load_state_dict(state, epochs=2)
+    assert not training.optimizer.param_groups[0]["fused"]
 
 
 # Loss

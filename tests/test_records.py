@@ -2,53 +2,13 @@ import json
 from types import SimpleNamespace
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import records
-import train
 from cli import InputError
 from metrics import Thresholds
-from model import PneumoniaUNET, choose_runtime
-from records import STATEFUL, Records, check_disk, resume
-
-CPU = choose_runtime("cpu", "fp32")
-
-
-@pytest.fixture
-def begun():
-    """Arguments of a run and the state that it stopped in."""
-    args, *_ = train.parse_args(["--optimizer", "adagrad", "--width", "4"])
-    training = train.build_training(train.build_model(args), args, 10, CPU)
-    training.optimizer.step()
-    training.scheduler.step()
-    state = {name: getattr(training, name).state_dict() for name in STATEFUL}
-    return args, {**state, "history": [{}, {}]}
-
-
-def test_a_run_goes_on_where_its_epochs_ended(begun):
-    args, state = begun
-    training = train.build_training(train.build_model(args), args, 10, CPU)
-    resume(training, state, 5)
-    assert training.scheduler.last_epoch == 10
-
-
-def test_a_run_goes_on_in_a_precision_that_scales_the_loss(begun):
-    args, state = begun
-    training = train.build_training(train.build_model(args), args, 10, CPU)
-    scaling = training._replace(scaler=torch.amp.GradScaler("cpu"))  # as for float16 on a GPU
-    resume(scaling, state, 5)
-    assert scaling.scaler.get_scale() == 65536
-
-
-def test_a_run_goes_on_on_a_device_that_lacks_the_fused_form(begun, monkeypatch):
-    args, state = begun
-    assert state["optimizer"]["param_groups"][0]["fused"]
-    optimizer_class, _, options = train.OPTIMIZERS["adagrad"]
-    monkeypatch.setitem(train.OPTIMIZERS, "adagrad", (optimizer_class, (), options))
-    training = train.build_training(train.build_model(args), args, 10, CPU)
-    resume(training, state, 5)
-    assert not training.optimizer.param_groups[0]["fused"]
+from model import PneumoniaUNET
+from records import Records, check_disk
 
 
 def test_too_little_room_for_checkpoints_is_found_out_before_training(tmp_path, monkeypatch):
