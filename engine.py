@@ -130,23 +130,21 @@ def evaluate(model: nn.Module, dataset: PneumoniaDataset, indices: Sequence[int]
     Raises InputError if the loss is not finite.
     """
     model.eval()
-    batches = parallel.share(torch.as_tensor(indices).split(batch_size), runtime)
-    losses, confidences, scores = [], [], []
+    batches = parallel.share(list(cli.batched(indices, batch_size)), runtime)
+    rows = []
     for batch in cli.progress(batches, total=len(batches), description="validate",
                               scale=batch_size):
-        images, masks = dataset[batch.tolist()]
+        images, masks = dataset[batch]
         logits = runtime.segment(model, runtime.load(images))
         loss = combined_loss(logits, masks.to(runtime.device).float()).item()
         if not math.isfinite(loss):
             raise cli.InputError(f"the validation loss is {loss} after this epoch: lower "
                                  "--learning-rate; the best files so far are kept")
-        losses += [loss] * len(batch)
-        for index, mask in zip(batch.tolist(), logits.sigmoid()[:, 0].cpu().numpy()):
-            size, boxes = dataset.original_sizes[index], dataset.boxes[index]
-            confidences.append(image_confidence(mask))
-            scores.append(score_mask(mask, size, boxes, box_thresholds))
-    rows = parallel.gather(list(zip(losses, confidences, scores)), runtime)
-    losses, confidences, scores = zip(*rows)
+        for index, mask in zip(batch, logits.sigmoid()[:, 0].cpu().numpy()):
+            scores = score_mask(mask, dataset.original_sizes[index], dataset.boxes[index],
+                                box_thresholds)
+            rows.append((loss, image_confidence(mask), scores))
+    losses, confidences, scores = zip(*parallel.gather(rows, runtime))
     positive = np.array([len(dataset.boxes[index]) > 0 for index in indices])
     views = np.array([dataset.views[index] for index in indices])
     return Evaluation(float(np.mean(losses)), np.array(confidences), positive, views,

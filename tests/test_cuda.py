@@ -180,8 +180,6 @@ class Study:
 
 def test_evaluation_copies_the_masks_of_a_batch_once(model, runtime, cuda):
     fake_values(cuda)
-    cuda.setattr(torch, "as_tensor", lambda indices: SimpleNamespace(
-        split=lambda size: [np.array([0, 1]), np.array([2, 3])]))  # real ones
     with Operations() as operations:
         evaluation = evaluate(model, Study(), range(4), runtime, [0.6], batch_size=2)
     assert evaluation.loss == 0.5 and evaluation.confidences.tolist() == [0.5] * 4
