@@ -39,7 +39,7 @@ from data_processing import read_headers
 from dataset import PneumoniaDataset
 from dicom import TAGS
 from drawing import IMAGE_SIZE, Overlay, draw_overlay, encode_png, make_overlay, save_overlay
-from engine import train_one_epoch
+from engine import train_one_epoch, training_loader
 from folders import TRAIN_IMAGES, find_dicom_files
 from model import PneumoniaUNET, Runtime, choose_runtime
 from readers import read_image
@@ -99,7 +99,7 @@ def build_network_stages(dataset: PneumoniaDataset, runtime: Runtime,
     """Stages that run the network, or feed it, on whole batches with train.py's defaults."""
     train_args, _, _ = train.parse_args([f"--batch-size={args.batch_size}",
                                          f"--rescale-factor={args.rescale_factor}"])
-    loader = train.build_loader(dataset, range(len(dataset)), train_args, runtime)
+    loader = training_loader(dataset, range(len(dataset)), args.batch_size, runtime)
     model = train.build_model(train_args)
     training = train.build_training(model, loader, train_args, runtime)
     batches = [batch for batch, _ in loader]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 
 import cli
 import parallel
@@ -23,6 +23,7 @@ from metrics import Evaluation, Thresholds, image_confidence, score_mask
 from model import PneumoniaUNET, Runtime
 from readers import Reading, read_images
 
+POSITIVE_WEIGHT = 2  # how much more often an image with opacities is drawn in training
 CHECK_STEPS = 20  # between checks of the loss, each of which waits for the GPU
 DRAWN_TOGETHER = 16  # images in a batch of overlays
 RANK_SEED = 1009  # difference between the augmentation seeds of neighbouring ranks
@@ -64,6 +65,22 @@ class Training:
         # the number of steps in an epoch depends on the number of processes
         self.scheduler.last_epoch = epochs * len(self.loader) - 1
         self.scheduler.step()
+
+
+def training_loader(dataset: PneumoniaDataset, indices: Sequence[int], batch_size: int,
+                    runtime: Runtime) -> DataLoader:
+    """Loads this process's share of training batches; its generator decides the order of images.
+
+    The sampler deals out whole batches of indices and the data set makes a batch of each, so the
+    loader itself does not batch: batch_size=None.
+    """
+    generator = torch.Generator()
+    weights = [POSITIVE_WEIGHT if len(dataset.boxes[index]) else 1 for index in indices]
+    order = WeightedRandomSampler(weights, len(indices), generator=generator)
+    size = batch_size * runtime.world  # of all processes together
+    batches = parallel.SharedBatches(order, size, runtime, drop_last=len(indices) >= size)
+    return DataLoader(Subset(dataset, indices), batch_size=None, sampler=batches,
+                      generator=generator, pin_memory=runtime.device.type == "cuda")
 
 
 def combined_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:

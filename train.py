@@ -20,14 +20,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
+from torch.utils.data import DataLoader
 
 import cli
 import parallel
 from curves import CURVE_THRESHOLDS
 from dataset import PneumoniaDataset, find_labelled, load_parts, split
 from drawing import IMAGE_SIZE
-from engine import Training, evaluate, overlays, train_one_epoch
+from engine import Training, evaluate, overlays, train_one_epoch, training_loader
 from metrics import Thresholds, choose_thresholds, score_lines, summarize
 from model import PneumoniaUNET, Runtime, choose_runtime, load_checkpoint
 from records import Records, check_disk
@@ -39,7 +39,6 @@ OPTIMIZERS = {  # class, devices with a fused form since PyTorch 2.6, default ov
     "sgd": (torch.optim.SGD, ("cpu", "cuda"), {"lr": 0.05, "momentum": 0.9}),
     "adagrad": (torch.optim.Adagrad, ("cpu",), {"lr": 0.05, "initial_accumulator_value": 0.1}),
 }
-POSITIVE_WEIGHT = 2  # how much more often an image with opacities is drawn in training
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 DEBUG_EPOCHS, DEBUG_STEPS, DEBUG_VALIDATION_STEPS, DEBUG_IMAGES = 2, 50, 10, 100
 LARGEST_SEED = 10**9  # PyTorch takes 64 bits, of which Training.seed_epoch needs some
@@ -218,22 +217,6 @@ def build_data(args: argparse.Namespace) -> tuple[PneumoniaDataset, dict[str, li
     return load_parts(labelled, ids, rescale_factor=args.rescale_factor, workers=args.workers)
 
 
-def build_loader(dataset: PneumoniaDataset, training: Sequence[int], args: argparse.Namespace,
-                 runtime: Runtime) -> DataLoader:
-    """The loader of training batches, whose order its generator decides.
-
-    The sampler deals out whole batches of indices and the data set makes a batch of each, so the
-    loader itself does not batch: batch_size=None.
-    """
-    generator = torch.Generator()
-    weights = [POSITIVE_WEIGHT if len(dataset.boxes[index]) else 1 for index in training]
-    order = WeightedRandomSampler(weights, len(training), generator=generator)
-    size = args.batch_size * runtime.world  # of all processes together
-    batches = parallel.SharedBatches(order, size, runtime, drop_last=len(training) >= size)
-    return DataLoader(Subset(dataset, training), batch_size=None, sampler=batches,
-                      generator=generator, pin_memory=runtime.device.type == "cuda")
-
-
 def build_model(args: argparse.Namespace, model: PneumoniaUNET | None = None) -> PneumoniaUNET:
     """A new network, or the checkpoint's if the flags fit it; raises InputError if not."""
     if model is None:
@@ -378,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_disk(save, model)
     dataset, parts = parallel.once(partial(build_data, args), runtime)
     print(" and ".join(f"{len(part)} {name}" for name, part in parts.items()), "images", flush=True)
-    loader = build_loader(dataset, parts["training"], args, runtime)
+    loader = training_loader(dataset, parts["training"], args.batch_size, runtime)
     prepared = time.monotonic()
 
     # optimizer; a continued run restores its states

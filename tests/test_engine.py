@@ -7,12 +7,46 @@ import torch
 
 import train
 from cli import InputError
-from engine import check_losses, combined_loss, evaluate, overlays
+from engine import check_losses, combined_loss, evaluate, overlays, training_loader
 from metrics import Thresholds, average_precision_image, choose_thresholds, find_boxes, summarize
 from model import PneumoniaUNET, choose_runtime
 
 CPU = choose_runtime("cpu", "fp32")
 STEPS = 5  # of an epoch
+
+
+# Batches
+
+
+def test_the_loader_deals_out_whole_batches_of_training_images(labelled):
+    args, dataset, parts = labelled
+    loader = training_loader(dataset, parts["training"], args.batch_size, CPU)
+    batches = list(loader)
+    assert len(loader) == len(batches) == 4  # 36 images; what is left of the last batch is dropped
+    training = {dataset.images[index].tobytes() for index in parts["training"]}
+    for images, masks in batches:
+        assert images.shape == masks.shape == (8, 1, 64, 64)
+        assert {image.numpy().tobytes() for image in images} <= training
+
+
+def test_images_with_opacities_are_drawn_twice_as_often(labelled):
+    args, dataset, parts = labelled
+    loader = training_loader(dataset, parts["training"], args.batch_size, CPU)
+    drawn = np.mean([mask.any().item() for seed in range(30) if loader.generator.manual_seed(seed)
+                     for _, masks in loader for mask in masks])
+    positive = np.mean([len(dataset.boxes[index]) > 0 for index in parts["training"]])
+    assert drawn == pytest.approx(2 * positive / (1 + positive), abs=0.05)
+
+
+def test_the_order_depends_on_the_seed_alone(labelled):
+    args, dataset, parts = labelled
+    loader = training_loader(dataset, parts["training"], args.batch_size, CPU)
+
+    def epoch(seed):
+        loader.generator.manual_seed(seed)
+        return torch.cat([images for images, _ in loader])
+    first, again, other = epoch(1), epoch(1), epoch(2)
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 # A run that goes on

@@ -7,7 +7,6 @@ import re
 import shlex
 from types import SimpleNamespace
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -19,10 +18,9 @@ import readers
 import train
 from cli import InputError
 from metrics import Thresholds
-from model import PneumoniaUNET, choose_runtime, load_checkpoint, save_checkpoint
+from model import PneumoniaUNET, load_checkpoint, save_checkpoint
 from records import METRIC_NAMES, Records
 
-CPU = choose_runtime("cpu", "fp32")
 CONTINUED = ("last.pth.tar", "loss.best.pth.tar", "prec.best.pth.tar")  # what a run goes on with
 
 
@@ -423,37 +421,3 @@ def test_thresholds_are_those_of_the_flags(flags, thresholds):
 def test_debug_shortens_a_run_and_leaves_the_search_out():
     args, *_ = train.parse_args(["--debug", "--epochs", "9", "--train-threshold"])
     assert args.epochs == train.DEBUG_EPOCHS and not args.train_threshold
-
-
-# Data
-
-
-def test_the_loader_deals_out_whole_batches_of_training_images(labelled):
-    args, dataset, parts = labelled
-    loader = train.build_loader(dataset, parts["training"], args, CPU)
-    batches = list(loader)
-    assert len(loader) == len(batches) == 4  # 36 images; what is left of the last batch is dropped
-    training = {dataset.images[index].tobytes() for index in parts["training"]}
-    for images, masks in batches:
-        assert images.shape == masks.shape == (8, 1, 64, 64)
-        assert {image.numpy().tobytes() for image in images} <= training
-
-
-def test_images_with_opacities_are_drawn_twice_as_often(labelled):
-    args, dataset, parts = labelled
-    loader = train.build_loader(dataset, parts["training"], args, CPU)
-    drawn = np.mean([mask.any().item() for seed in range(30) if loader.generator.manual_seed(seed)
-                     for _, masks in loader for mask in masks])
-    positive = np.mean([len(dataset.boxes[index]) > 0 for index in parts["training"]])
-    assert drawn == pytest.approx(2 * positive / (1 + positive), abs=0.05)
-
-
-def test_the_order_depends_on_the_seed_alone(labelled):
-    args, dataset, parts = labelled
-    loader = train.build_loader(dataset, parts["training"], args, CPU)
-
-    def epoch(seed):
-        loader.generator.manual_seed(seed)
-        return torch.cat([images for images, _ in loader])
-    first, again, other = epoch(1), epoch(1), epoch(2)
-    assert torch.equal(first, again) and not torch.equal(first, other)
