@@ -57,6 +57,34 @@ class Records:
             print("continue with: python train.py",
                   *(f"--{name} {shlex.quote(str(path))}" for name, path in flags.items()))
 
+    def begin(self, dataset: PneumoniaDataset, parts: dict[str, list[int]]) -> None:
+        """Writes split.csv: which part each image belongs to. A run that continues takes along the
+        files beside its checkpoint, and warns of images that were in another part before."""
+        final = self.folder / "final.pth.tar"
+        if final.exists():
+            print(f"{final} is from before this run, which replaces it at its end")
+        rows = [(dataset.patient_ids[index], name)
+                for name, part in parts.items() for index in part]
+        if self.history:
+            checkpoint = Path(self.arguments["checkpoint"])
+            self._take_along(checkpoint)
+            _compare_split(checkpoint.with_name("split.csv"), rows)
+        cli.write_csv(self.folder / "split.csv", [("patientId", "split"), *rows])
+
+    def _take_along(self, checkpoint):
+        """If a run continues in another folder than that of its `checkpoint`, copies this file and
+        the best files beside it, and deletes best files of any other run here."""
+        if checkpoint.parent.resolve() == self.folder.resolve():
+            return
+        best = (checkpoint.with_name(name) for name in ("loss.best.pth.tar", "prec.best.pth.tar"))
+        for source in (checkpoint, *best):
+            target = self.folder / ("last.pth.tar" if source == checkpoint else source.name)
+            if source.exists():
+                with cli.atomic_write(target) as file:
+                    file.write(source.read_bytes())
+            else:
+                target.unlink(missing_ok=True)
+
     def log_steps(self, last_step: int, losses: Sequence[float], learning_rate: float) -> None:
         """Logs the losses of the steps up to `last_step`, and the learning rate there."""
         for step, loss in enumerate(losses, last_step - len(losses) + 1):
@@ -104,34 +132,6 @@ class Records:
         return {"rescale_factor": self.arguments["rescale_factor"], "args": self.arguments,
                 "history": self.history, **thresholds.stored()}
 
-    def take_along(self, checkpoint: Path) -> None:
-        """If a run continues in another folder than that of its `checkpoint`, copies this file and
-        the best files beside it, and deletes best files of any other run here."""
-        if checkpoint.parent.resolve() == self.folder.resolve():
-            return
-        best = (checkpoint.with_name(name) for name in ("loss.best.pth.tar", "prec.best.pth.tar"))
-        for source in (checkpoint, *best):
-            target = self.folder / ("last.pth.tar" if source == checkpoint else source.name)
-            if source.exists():
-                with cli.atomic_write(target) as file:
-                    file.write(source.read_bytes())
-            else:
-                target.unlink(missing_ok=True)
-
-    def write_split(self, dataset: PneumoniaDataset, parts: dict[str, list[int]],
-                    begun: Path | None = None) -> None:
-        """Writes split.csv: which part each image belongs to. Warns of images that are in another
-        part than in `begun`, the split.csv of a run to continue."""
-        rows = [(dataset.patient_ids[index], name)
-                for name, part in parts.items() for index in part]
-        if begun and begun.exists():
-            with open(begun, newline="", encoding="utf-8") as file:
-                before = dict(csv.reader(file))
-            cli.warn("images are new or have moved to another part, because the data have changed "
-                     "since the run began: its scores may include images it was trained on",
-                     [patient_id for patient_id, name in rows if before.get(patient_id) != name])
-        cli.write_csv(self.folder / "split.csv", [("patientId", "split"), *rows])
-
     def report(self, evaluation: Evaluation, figures: dict[str, float], thresholds: Thresholds,
                overlays: Iterable[Overlay]) -> None:
         """Writes scores.png, report.html with a row for each scored image and, unless
@@ -157,6 +157,17 @@ class Records:
         record = {**_rename(figures), **thresholds.stored(), **sizes, "history": history,
                   "arguments": self.arguments, "versions": versions(), "seconds": seconds}
         cli.write_text(self.folder / "metrics.json", json.dumps(record, indent=1))
+
+
+def _compare_split(path, rows):
+    """Warns of rows (id, part) that are not in the split.csv at `path`, if it is there."""
+    if not path.exists():
+        return
+    with open(path, newline="", encoding="utf-8") as file:
+        before = dict(csv.reader(file))
+    cli.warn("images are new or have moved to another part, because the data have changed since "
+             "the run began: its scores may include images it was trained on",
+             [patient_id for patient_id, name in rows if before.get(patient_id) != name])
 
 
 def _rename(figures):

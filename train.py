@@ -260,20 +260,14 @@ def build_training(model: PneumoniaUNET, loader: DataLoader, args: argparse.Name
     return Training(model, optimizer, scheduler, loader, runtime)
 
 
-def build_records(setup: Setup, args: argparse.Namespace,
-                  history: list[dict]) -> contextlib.AbstractContextManager[Records | None]:
+def build_records(setup: Setup, history: list[dict],
+                  ) -> contextlib.AbstractContextManager[Records | None]:
     """The Records of the run in --save; None in all processes but the first."""
-    if setup.training.runtime.rank > 0:
+    training, arguments = setup.training, setup.arguments
+    if training.runtime.rank > 0:
         return contextlib.nullcontext()
-    final, steps_done = Path(args.save, "final.pth.tar"), setup.training.scheduler.last_epoch
-    if final.exists():
-        print(f"{final} is from before this run, which replaces it at its end")
-    records = Records(Path(args.save), setup.arguments, history, steps_done)
-    begun = None
-    if steps_done:  # a continued run
-        records.take_along(Path(args.checkpoint))
-        begun = Path(args.checkpoint).with_name("split.csv")
-    records.write_split(setup.dataset, setup.parts, begun)
+    records = Records(Path(arguments["save"]), arguments, history, training.scheduler.last_epoch)
+    records.begin(setup.dataset, setup.parts)
     return records
 
 
@@ -372,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup = Setup(training, dataset, parts, build_thresholds(args), arguments)
 
     # epochs, final score
-    with build_records(setup, args, history) as records:
+    with build_records(setup, history) as records:
         fit(setup, history, records)
         trained = time.monotonic()
         thresholds, figures = hand_over(setup, records)

@@ -27,18 +27,34 @@ def test_tensorboard_keeps_the_steps_that_are_done_and_no_other(tmp_path, steps_
     assert [event.step for event in events.Scalars("steps/loss")] == [*kept, steps_done + 1]
 
 
+IMAGES = SimpleNamespace(patient_ids=["a", "b", "c", "d"])
+BEFORE = {"training": [0, 1], "validation": [2]}
+
+
+def begin(folder, parts, history=()):
+    """Begins a run, which continues the one in its folder if there is a history."""
+    with Records(folder, {"checkpoint": folder / "last.pth.tar"}, list(history)) as run:
+        run.begin(IMAGES, parts)
+
+
+def test_a_new_run_says_nothing_of_a_split(tmp_path, capsys):
+    begin(tmp_path, BEFORE)
+    begin(tmp_path, {"training": [2], "validation": [0]})
+    assert not capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_with_the_same_data_says_nothing(tmp_path, capsys):
+    begin(tmp_path, BEFORE)
+    begin(tmp_path, BEFORE, history=[{}])
+    assert not capsys.readouterr().out
+
+
 def test_a_run_that_goes_on_with_other_data_tells_which_images_changed_their_part(
         tmp_path, capsys):
-    images = SimpleNamespace(patient_ids=["a", "b", "c", "d"])
-    with Records(tmp_path, {}, []) as run:
-        run.write_split(images, {"training": [0, 1], "validation": [2]})
-        assert not capsys.readouterr().out
-        begun = tmp_path / "split.csv"
-        run.write_split(images, {"training": [0, 2, 3], "validation": [1]}, begun)
-        told = capsys.readouterr().out
-        assert told.startswith("warning: 3 images are new") and told.endswith(": c, d, b\n")
-        run.write_split(images, {"training": [0, 2, 3], "validation": [1]}, begun)
-        assert not capsys.readouterr().out
+    begin(tmp_path, BEFORE)
+    begin(tmp_path, {"training": [0, 2, 3], "validation": [1]}, history=[{}])
+    told = capsys.readouterr().out
+    assert told.startswith("warning: 3 images are new") and told.endswith(": c, d, b\n")
 
 
 def test_metrics_without_a_value_are_null_since_json_has_no_nan(tmp_path):
