@@ -148,8 +148,8 @@ class Records:
 
     def finish(self, figures: dict[str, float], thresholds: Thresholds,
                sizes: dict[str, int], seconds: dict[str, float]) -> None:
-        """Writes metrics.json, and a row of TensorBoard's HParams table: the flags usually
-        compared, and the scores."""
+        """Writes metrics.json and a row of TensorBoard's HParams table (the flags usually
+        compared, and the scores), and prints the scores."""
         scores = {f"final/{name}": figures[name] for name in ("rsna", "total", "auc")}
         compared = {key: str(self.arguments[key]) for key in COMPARED}
         self.writer.add_hparams(compared, scores, run_name=".")
@@ -157,6 +157,8 @@ class Records:
         record = {**_rename(figures), **thresholds.stored(), **sizes, "history": history,
                   "arguments": self.arguments, "versions": versions(), "seconds": seconds}
         cli.write_text(self.folder / "metrics.json", json.dumps(record, indent=1))
+        print(f"see {self.folder / 'report.html'}", thresholds,
+              *score_lines(figures, sizes["scored_images"]), sep="\n")
 
 
 def _compare_split(path, rows):

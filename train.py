@@ -28,7 +28,7 @@ from curves import CURVE_THRESHOLDS
 from dataset import PneumoniaDataset, find_labelled, load_parts, split
 from drawing import IMAGE_SIZE
 from engine import Training, evaluate, overlays, train_one_epoch, training_loader
-from metrics import Thresholds, choose_thresholds, score_lines, summarize
+from metrics import Thresholds, choose_thresholds, summarize
 from model import PneumoniaUNET, Runtime, choose_runtime, load_checkpoint
 from records import Records, check_disk
 
@@ -375,8 +375,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                        "score": time.monotonic() - trained}
             records.finish(figures, thresholds, setup.sizes, seconds)
     parallel.leave(runtime)
-    print(f"see {save / 'report.html'}", thresholds, *score_lines(figures, len(setup.scored)),
-          sep="\n")
     # the model is good, but a bug of ours that cost images must not go unnoticed
     return 1 if dataset.internal_errors else 0
 

@@ -61,7 +61,7 @@ def test_metrics_without_a_value_are_null_since_json_has_no_nan(tmp_path):
     arguments = dict.fromkeys(records.COMPARED, 1)
     figures = dict.fromkeys(records.METRIC_NAMES, 0.5) | {"auc": float("nan")}
     with Records(tmp_path, arguments, [{"loss": 0.5, "auc": float("nan")}]) as run:
-        run.finish(figures, Thresholds(), {}, {})
+        run.finish(figures, Thresholds(), {"scored_images": 1}, {})
     text = (tmp_path / "metrics.json").read_text()
     assert "NaN" not in text and json.loads(text)["history"] == [{"loss": 0.5, "auc": None}]
     assert json.loads(text)["image_roc_auc"] is None
