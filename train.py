@@ -163,20 +163,14 @@ def parse_args(argv: Sequence[str] | None = None,
     if args.checkpoint:
         path = cli.require(args.checkpoint, "file", flag="--checkpoint")
         model, checkpoint = load_checkpoint(path)
-        state = checkpoint if "optimizer" in checkpoint else {}
         parser.set_defaults(width=model.config["width"])
+        if "optimizer" in checkpoint:
+            state = checkpoint
+            inherited = state["args"].keys() - PATH_FLAGS
+            parser.set_defaults(**{key: state["args"][key] for key in inherited})
         args = parser.parse_args(argv)
     if state:
-        stored = {key: value for key, value in state["args"].items() if key not in PATH_FLAGS}
-        parser.set_defaults(**stored)
-        args = parser.parse_args(argv)
-        for key in stored.keys() - CHANGEABLE:
-            flag = f"--{key.replace('_', '-')} {getattr(args, key)}"
-            _refuse_if(getattr(args, key) != stored[key],
-                       f"{flag}: the run to continue has {stored[key]}; leave the flag out")
-        done = len(state["history"])
-        _refuse_if(args.epochs < done, f"--epochs {args.epochs}: the run to continue has done "
-                   f"{done}; give {done} or more")
+        check_continued(args, state)
     check_args(args)
     if args.learning_rate is None:
         *_, defaults = OPTIMIZERS[args.optimizer]
@@ -184,6 +178,17 @@ def parse_args(argv: Sequence[str] | None = None,
     if args.debug:
         args.epochs, args.train_threshold = min(args.epochs, DEBUG_EPOCHS), False
     return args, model, state
+
+
+def check_continued(args: argparse.Namespace, state: dict) -> None:
+    """Raises InputError for another recipe than that of the run to continue, or fewer epochs."""
+    for key, value in state["args"].items():
+        flag, given = f"--{key.replace('_', '-')}", getattr(args, key)
+        _refuse_if(key not in PATH_FLAGS + CHANGEABLE and given != value,
+                   f"{flag} {given}: the run to continue has {value}; leave the flag out")
+    done = len(state["history"])
+    _refuse_if(args.epochs < done, f"--epochs {args.epochs}: the run to continue has done {done}; "
+               f"give {done} or more")
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -313,7 +318,7 @@ def fit(setup: Setup, history: list[dict], records: Records | None) -> None:
                 image_size=SHOWN_SIZE))
         print(f"epoch {epoch}/{epochs}: loss {train_loss:.4f}, validation loss "
               f"{scores['loss']:.4f}, RSNA mAP {scores['rsna']:.4f}, total AP "
-              f"{scores['total']:.4f}, AUC {scores['auc']:.4f}, {speed:.1f} images/s", flush=True)
+              f"{scores['total']:.4f}, AUC {scores['auc']:.4f}, {speed:.1f} images/s")
 
 
 def hand_over(setup: Setup, records: Records | None) -> tuple[Thresholds, dict[str, float]]:
@@ -354,14 +359,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = build_model(args, model)
     check_disk(save, model)
     dataset, parts = parallel.once(partial(build_data, args), runtime)
-    print(" and ".join(f"{len(part)} {name}" for name, part in parts.items()), "images", flush=True)
+    print(" and ".join(f"{len(part)} {name}" for name, part in parts.items()), "images")
     loader = training_loader(dataset, parts["training"], args.batch_size, runtime)
     prepared = time.monotonic()
 
     # optimizer; a continued run restores its states
-    training, history = build_training(model, loader, args, runtime), []
+    training = build_training(model, loader, args, runtime)
+    history = state.get("history", [])
     if state:
-        history = state["history"]
         training.load_state_dict(state, epochs=len(history))
     setup = Setup(training, dataset, parts, build_thresholds(args), arguments)
 
