@@ -16,7 +16,7 @@ import json
 import math
 import re
 import tempfile
-import time
+import timeit
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from functools import partial
@@ -193,13 +193,10 @@ def draw_case(dataset: PneumoniaDataset, index: int, rng: np.random.Generator) -
 
 def measure(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
     """Median of the seconds that a call takes."""
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
+    def call_and_wait() -> None:
         call()
         torch.get_device_module(device).synchronize()
-        seconds.append(time.perf_counter() - started)
-    return float(np.median(seconds))
+    return float(np.median(timeit.repeat(call_and_wait, number=1, repeat=repeats)))
 
 
 def build_stages(paths: list[Path], runtime: Runtime, args: argparse.Namespace) -> list[Stage]:
