@@ -42,20 +42,17 @@ def get_prediction(pId: str, dicom: str) -> dict[str, dict[str, str]]:
 
     Boxes are in original pixels. Raises ValueError with the reason if there is no answer.
     """
-    return load_network().predict(JSON, json.dumps({"pId": pId, "dicom": dicom}).encode())
+    with _loading:  # the cache alone would let two threads load it
+        network = load_network()
+    return network.predict(JSON, json.dumps({"pId": pId, "dicom": dicom}).encode())
 
 
 _loading = Lock()
 
 
+@cache
 def load_network() -> "Network":
     """The network of $MODEL_CHECKPOINT or $TRAINML_MODEL_PATH/final.pth.tar, loaded once."""
-    with _loading:
-        return _load_network()
-
-
-@cache
-def _load_network():
     default = cli.default_path("TRAINML_MODEL_PATH", "final.pth.tar")
     return Network(cli.require(os.environ.get("MODEL_CHECKPOINT") or default, "file",
                                flag="MODEL_CHECKPOINT", variable="TRAINML_MODEL_PATH"))
