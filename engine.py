@@ -42,6 +42,7 @@ class Training:
         self.scaler = torch.amp.GradScaler(runtime.device.type,
                                            enabled=runtime.dtype == torch.float16)
         self.network = parallel.distribute(model, runtime)
+        self.history = []  # figures of each epoch done
 
     def seed_epoch(self, seed: int, epoch: int) -> None:
         """Seeds an epoch, counted from 1, by its number and the run's seed alone, so that a
@@ -52,18 +53,19 @@ class Training:
         self.augmentation.generator.manual_seed(seed + RANK_SEED * self.runtime.rank)
 
     def state_dict(self) -> dict[str, Any]:
-        """What last.pth.tar holds besides the weights, so that the run can continue."""
+        """What a checkpoint needs, besides weights and history, so that the run can continue."""
         return {name: getattr(self, name).state_dict() for name in STATEFUL}
 
-    def load_state_dict(self, state: dict[str, Any], epochs: int) -> None:
-        """Restores the state after so many epochs."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores the state and the history in a last.pth.tar."""
+        self.history = state["history"]
         for group in state["optimizer"]["param_groups"]:  # the stored form may be another device's
             group["fused"] = self.optimizer.defaults.get("fused")
         for name in STATEFUL:
             if state[name]:  # that of a scaler not in use is empty
                 getattr(self, name).load_state_dict(state[name])
         # the number of steps in an epoch depends on the number of processes
-        self.scheduler.last_epoch = epochs * len(self.loader) - 1
+        self.scheduler.last_epoch = len(self.history) * len(self.loader) - 1
         self.scheduler.step()
 
 

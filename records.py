@@ -21,7 +21,7 @@ from dataset import PneumoniaDataset
 from drawing import Overlay, draw_overlay, picture_writer
 from engine import Training
 from metrics import Evaluation, Thresholds, score_lines
-from model import PneumoniaUNET, save_checkpoint
+from model import save_checkpoint
 from report import row_of, write_report
 
 METRIC_NAMES = {  # in metrics.json and final.pth.tar, of what metrics.summarize returns
@@ -32,14 +32,14 @@ COMPARED = ("batch_size", "epochs", "optimizer", "width", "rescale_factor", "lea
 
 
 class Records:
-    """The files of a run in `folder`. Checkpoints hold its `arguments`, as plain values, and its
-    `history`, a list to which the run adds the figures of each epoch. TensorBoard drops what it has
-    of steps after `steps_done`, which the run logs again."""
+    """The files of a `training` in `folder`. Checkpoints hold the run's `arguments`, as plain
+    values, and its history. TensorBoard drops what it has of the steps that the run logs again."""
 
-    def __init__(self, folder: Path, arguments: dict[str, Any], history: list[dict],
-                 steps_done: int = 0):
-        self.folder, self.arguments, self.history = folder, arguments, history
-        self.writer = SummaryWriter(folder / "logs", purge_step=steps_done + 1)
+    def __init__(self, folder: Path, arguments: dict[str, Any], training: Training):
+        self.folder, self.arguments, self.training = folder, arguments, training
+        self.history = training.history
+        next_step = training.scheduler.last_epoch + 1
+        self.writer = SummaryWriter(folder / "logs", purge_step=next_step)
         self.writer.add_custom_scalars_multilinechart(
             ["loss/train", "loss/validation"], "loss", "both")
 
@@ -107,7 +107,7 @@ class Records:
             self.writer.add_image(
                 f"validation/{overlay.patient_id}", picture, epoch, dataformats="HWC")
 
-    def save_epoch(self, training: Training, thresholds: Thresholds) -> None:
+    def save_epoch(self, thresholds: Thresholds) -> None:
         """Writes last.pth.tar, from which a run continues exactly, a best file if the last epoch of
         the history is the best yet, and curves.png."""
         best = {"loss.best": min(self.history, key=lambda scores: scores["loss"]),
@@ -115,22 +115,21 @@ class Records:
         for name, scores in best.items():
             path = self.folder / f"{name}.pth.tar"
             if scores is self.history[-1] or not path.exists():
-                save_checkpoint(path, training.model, **self._state(thresholds))
-        save_checkpoint(self.folder / "last.pth.tar", training.model, **training.state_dict(),
-                        **self._state(thresholds))
+                self._save(name, thresholds)
+        self._save("last", thresholds, **self.training.state_dict())
         draw_history(self.folder, self.history)
 
-    def save_final(self, model: PneumoniaUNET, thresholds: Thresholds,
-                   figures: dict[str, float]) -> None:
+    def save_final(self, thresholds: Thresholds, figures: dict[str, float]) -> None:
         """Writes final.pth.tar, with the figures of the run."""
-        save_checkpoint(self.folder / "final.pth.tar", model, **self._state(thresholds),
-                        **_rename(figures))
+        self._save("final", thresholds, **_rename(figures))
 
-    def _state(self, thresholds):
-        """What every checkpoint holds besides the weights: all that predict.py needs, and how the
-        weights were trained."""
-        return {"rescale_factor": self.arguments["rescale_factor"], "args": self.arguments,
-                "history": self.history, **thresholds.stored()}
+    def _save(self, name, thresholds, **state):
+        """Writes a checkpoint: the weights, all that predict.py needs, how the weights were
+        trained, and `state`."""
+        save_checkpoint(
+            self.folder / f"{name}.pth.tar", self.training.model, args=self.arguments,
+            history=self.history, rescale_factor=self.arguments["rescale_factor"],
+            **thresholds.stored(), **state)
 
     def report(self, evaluation: Evaluation, figures: dict[str, float], thresholds: Thresholds,
                overlays: Iterable[Overlay]) -> None:

@@ -265,13 +265,11 @@ def build_training(model: PneumoniaUNET, loader: DataLoader, args: argparse.Name
     return Training(model, optimizer, scheduler, loader, runtime)
 
 
-def build_records(setup: Setup, history: list[dict],
-                  ) -> contextlib.AbstractContextManager[Records | None]:
+def build_records(setup: Setup) -> contextlib.AbstractContextManager[Records | None]:
     """The Records of the run in --save; None in all processes but the first."""
-    training, arguments = setup.training, setup.arguments
-    if training.runtime.rank > 0:
+    if setup.training.runtime.rank > 0:
         return contextlib.nullcontext()
-    records = Records(Path(arguments["save"]), arguments, history, training.scheduler.last_epoch)
+    records = Records(Path(setup.arguments["save"]), setup.arguments, setup.training)
     records.begin(setup.dataset, setup.parts)
     return records
 
@@ -293,11 +291,11 @@ def check_paths(args: argparse.Namespace) -> Path:
 # The story of a run
 
 
-def fit(setup: Setup, history: list[dict], records: Records | None) -> None:
-    """Trains the epochs that are not in the history yet, and adds their figures to it."""
+def fit(setup: Setup, records: Records | None) -> None:
+    """Trains the epochs that are not in the training's history yet, and adds them to it."""
     training, thresholds, epochs = setup.training, setup.thresholds, setup.arguments["epochs"]
     log = records.log_steps if records else lambda *_: None
-    for epoch in range(len(history) + 1, epochs + 1):
+    for epoch in range(len(training.history) + 1, epochs + 1):
         training.seed_epoch(setup.arguments["seed"], epoch)
         started = time.monotonic()
         train_loss = train_one_epoch(training, log)
@@ -310,9 +308,10 @@ def fit(setup: Setup, history: list[dict], records: Records | None) -> None:
         figures = summarize(evaluation, thresholds.gate)
         scores = {name: figures[name] for name in ("loss", "rsna", "total", "auc")}
         learning_rate = training.scheduler.get_last_lr()[0]
-        history.append({"train_loss": train_loss, **scores, "learning_rate": learning_rate})
+        training.history.append(
+            {"train_loss": train_loss, **scores, "learning_rate": learning_rate})
         if records:
-            records.save_epoch(training, thresholds)
+            records.save_epoch(thresholds)
             records.log_epoch(evaluation, speed, overlays(
                 training.model, setup.dataset, setup.shown, training.runtime, thresholds,
                 image_size=SHOWN_SIZE))
@@ -337,7 +336,7 @@ def hand_over(setup: Setup, records: Records | None) -> tuple[Thresholds, dict[s
     evaluation = score(setup.scored, runtime, [thresholds.box, *CURVE_THRESHOLDS])
     figures = summarize(evaluation, thresholds.gate)
     if records:
-        records.save_final(model, thresholds, figures)
+        records.save_final(thresholds, figures)
         records.report(evaluation, figures, thresholds, overlays(
             model, setup.dataset, setup.scored, runtime, thresholds,
             image_size=IMAGE_SIZE if arguments["save_images"] else None,
@@ -365,14 +364,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # optimizer; a continued run restores its states
     training = build_training(model, loader, args, runtime)
-    history = state.get("history", [])
     if state:
-        training.load_state_dict(state, epochs=len(history))
+        training.load_state_dict(state)
     setup = Setup(training, dataset, parts, build_thresholds(args), arguments)
 
     # epochs, final score
-    with build_records(setup, history) as records:
-        fit(setup, history, records)
+    with build_records(setup) as records:
+        fit(setup, records)
         trained = time.monotonic()
         thresholds, figures = hand_over(setup, records)
         if records:

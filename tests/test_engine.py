@@ -58,18 +58,18 @@ def build(args):
 
 @pytest.fixture
 def begun():
-    """Arguments of a run and its state after a step."""
+    """Arguments of a run and its state after two epochs."""
     args, *_ = train.parse_args(["--optimizer", "adagrad", "--width", "4"])
     training = build(args)
     training.optimizer.step()
     training.scheduler.step()
-    return args, training.state_dict()
+    return args, {**training.state_dict(), "history": [{}, {}]}
 
 
 def test_a_run_goes_on_where_its_epochs_ended(begun):
     args, state = begun
     training = build(args)
-    training.load_state_dict(state, epochs=2)
+    training.load_state_dict(state)
     assert training.scheduler.last_epoch == 2 * STEPS
 
 
@@ -77,7 +77,7 @@ def test_a_run_goes_on_in_a_precision_that_scales_the_loss(begun):
     args, state = begun
     training = build(args)
     training.scaler = torch.amp.GradScaler("cpu")  # as for float16 on a GPU
-    training.load_state_dict(state, epochs=2)
+    training.load_state_dict(state)
     assert training.scaler.get_scale() == 65536
 
 
@@ -87,7 +87,7 @@ def test_a_run_goes_on_on_a_device_that_lacks_the_fused_form(begun, monkeypatch)
     optimizer_class, _, options = train.OPTIMIZERS["adagrad"]
     monkeypatch.setitem(train.OPTIMIZERS, "adagrad", (optimizer_class, (), options))
     training = build(args)
-    training.load_state_dict(state, epochs=2)
+    training.load_state_dict(state)
     assert not training.optimizer.param_groups[0]["fused"]
 
 

@@ -11,6 +11,12 @@ from model import PneumoniaUNET
 from records import Records, check_disk
 
 
+def training(steps_done, history=()):
+    """What Records takes of a training."""
+    return SimpleNamespace(history=list(history),
+                           scheduler=SimpleNamespace(last_epoch=steps_done))
+
+
 def test_too_little_room_for_checkpoints_is_found_out_before_training(tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 5_000_000})
     monkeypatch.setattr(records.shutil, "disk_usage", lambda folder: usage)
@@ -21,7 +27,7 @@ def test_too_little_room_for_checkpoints_is_found_out_before_training(tmp_path, 
 @pytest.mark.parametrize("steps_done, kept", [(0, []), (2, [1, 2])])
 def test_tensorboard_keeps_the_steps_that_are_done_and_no_other(tmp_path, steps_done, kept):
     for done, steps in ((0, 3), (steps_done, 1)):
-        with Records(tmp_path, {}, [], done) as run:
+        with Records(tmp_path, {}, training(done)) as run:
             run.log_steps(done + steps, [0.5] * steps, 0.1)
     events = EventAccumulator(str(tmp_path / "logs")).Reload()
     assert [event.step for event in events.Scalars("steps/loss")] == [*kept, steps_done + 1]
@@ -33,7 +39,7 @@ BEFORE = {"training": [0, 1], "validation": [2]}
 
 def begin(folder, parts, history=()):
     """Begins a run, which continues the one in its folder if there is a history."""
-    with Records(folder, {"checkpoint": folder / "last.pth.tar"}, list(history)) as run:
+    with Records(folder, {"checkpoint": folder / "last.pth.tar"}, training(0, history)) as run:
         run.begin(IMAGES, parts)
 
 
@@ -60,7 +66,7 @@ def test_a_run_that_goes_on_with_other_data_tells_which_images_changed_their_par
 def test_metrics_without_a_value_are_null_since_json_has_no_nan(tmp_path):
     arguments = dict.fromkeys(records.COMPARED, 1)
     figures = dict.fromkeys(records.METRIC_NAMES, 0.5) | {"auc": float("nan")}
-    with Records(tmp_path, arguments, [{"loss": 0.5, "auc": float("nan")}]) as run:
+    with Records(tmp_path, arguments, training(1, [{"loss": 0.5, "auc": float("nan")}])) as run:
         run.finish(figures, Thresholds(), {"scored_images": 1}, {})
     text = (tmp_path / "metrics.json").read_text()
     assert "NaN" not in text and json.loads(text)["history"] == [{"loss": 0.5, "auc": None}]
