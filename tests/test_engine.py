@@ -181,8 +181,9 @@ def test_an_evaluation_holds_every_image_in_order(scored, labelled):
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_batch_size_does_not_change_scores(labelled, batch_size):
     _, dataset, parts = labelled
-    one, other = (evaluate(Brightness(), dataset, parts["training"], CPU, [0.3],
-                                 batch_size=size) for size in (36, batch_size))
+    one, other = (
+        evaluate(Brightness(), dataset, parts["training"], CPU, [0.3], batch_size=size)
+        for size in (36, batch_size))
     np.testing.assert_allclose(one.confidences, other.confidences, rtol=1e-5)
     np.testing.assert_allclose(one.scores, other.scores)
 
