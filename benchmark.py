@@ -97,8 +97,7 @@ def plain_decode(path: Path) -> None:
 def build_network_stages(dataset: PneumoniaDataset, runtime: Runtime,
                          args: argparse.Namespace) -> list[Stage]:
     """Stages that run the network, or feed it, on whole batches with train.py's defaults."""
-    train_args, _, _ = train.parse_args([f"--batch-size={args.batch_size}",
-                                         f"--rescale-factor={args.rescale_factor}"])
+    train_args, *_ = train.parse_args([f"--rescale-factor={args.rescale_factor}"])
     loader = training_loader(dataset, range(len(dataset)), args.batch_size, runtime)
     model = train.build_model(train_args)
     training = train.build_training(model, loader, train_args, runtime)
@@ -123,10 +122,11 @@ def build_network_stages(dataset: PneumoniaDataset, runtime: Runtime,
     side = MATRIX_SIDE[runtime.device.type]
     matrix = torch.randn(side, side, device=runtime.device, dtype=runtime.dtype)
     operations = 2 * side**3  # of a product
-    steps, passes = (count_operations(args.rescale_factor, training=kind) for kind in (True, False))
+    trained = operations / count_operations(args.rescale_factor, training=True)
+    predicted = operations / count_operations(args.rescale_factor, training=False)
     return [Stage(load_and_augment, images, resample, images),
-            Stage(train_epoch, images, lambda: matrix @ matrix, operations / steps),
-            Stage(each(predict, batches), images, lambda: matrix @ matrix, operations / passes)]
+            Stage(train_epoch, images, lambda: matrix @ matrix, trained),
+            Stage(each(predict, batches), images, lambda: matrix @ matrix, predicted)]
 
 
 def count_operations(rescale_factor: int, *, training: bool) -> int:

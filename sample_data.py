@@ -205,8 +205,8 @@ def draw_objects(rng: Generator, findings: set[str], view: str) -> np.ndarray:
         draw.line(lead, fill=90, width=3, joint="curve")
         draw.rounded_rectangle([left, top, left + 50, top + 40], radius=10, fill=110)
     if rng.random() < 0.7:
-        place = rng.uniform([25, 20], [60, 90])
-        draw.text(place, "R", fill=150, font=ImageFont.load_default(rng.integers(24, 44)))
+        corner = rng.uniform([25, 20], [60, 90])
+        draw.text(corner, "R", fill=150, font=ImageFont.load_default(rng.integers(24, 44)))
     return np.asarray(canvas.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
 
