@@ -36,18 +36,18 @@ READERS = 4
 JSON, FORM = "application/json", "multipart/form-data"
 
 
+_loading = Lock()  # the cache of load_network alone would let two threads load it
+
+
 def get_prediction(pId: str, dicom: str) -> dict[str, dict[str, str]]:
     """Answers one file, given as base64 text, in the form of trainML's endpoints:
     {pId: {"annotations": "confidence x y width height ...", "image": base64 of a PNG}}.
 
     Boxes are in original pixels. Raises ValueError with the reason if there is no answer.
     """
-    with _loading:  # the cache alone would let two threads load it
+    with _loading:
         network = load_network()
     return network.predict(JSON, json.dumps({"pId": pId, "dicom": dicom}).encode())
-
-
-_loading = Lock()
 
 
 @cache

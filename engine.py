@@ -101,7 +101,7 @@ def train_one_epoch(training: Training, log: Callable[[int, list[float], float],
     optimizer, scheduler, scaler = training.optimizer, training.scheduler, training.scaler
     training.model.train()
     pending, total = [], 0.0
-    epoch = scheduler.last_epoch // len(loader) + 1
+    epoch = len(training.history) + 1
     batches = cli.progress(loader, total=len(loader), description=f"epoch {epoch}",
                            scale=loader.sampler.batch_size)
     for step, (images, masks) in enumerate(batches, 1):
