@@ -35,7 +35,6 @@ UPLOAD_SECONDS = 60  # within which a body must arrive
 READERS = 4
 JSON, FORM = "application/json", "multipart/form-data"
 
-
 _loading = Lock()  # the cache of load_network alone would let two threads load it
 
 
