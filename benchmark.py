@@ -16,7 +16,7 @@ import json
 import math
 import re
 import tempfile
-import time
+import timeit
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from functools import partial
@@ -39,7 +39,7 @@ from data_processing import read_headers
 from dataset import PneumoniaDataset
 from dicom import TAGS
 from drawing import IMAGE_SIZE, Overlay, draw_overlay, encode_png, make_overlay, save_overlay
-from engine import train_one_epoch
+from engine import train_one_epoch, training_loader
 from folders import TRAIN_IMAGES, find_dicom_files
 from model import PneumoniaUNET, Runtime, choose_runtime
 from readers import read_image
@@ -97,11 +97,10 @@ def plain_decode(path: Path) -> None:
 def build_network_stages(dataset: PneumoniaDataset, runtime: Runtime,
                          args: argparse.Namespace) -> list[Stage]:
     """Stages that run the network, or feed it, on whole batches with train.py's defaults."""
-    train_args, _, _ = train.parse_args([f"--batch-size={args.batch_size}",
-                                         f"--rescale-factor={args.rescale_factor}"])
-    loader, _ = train.build_loader(dataset, range(len(dataset)), train_args, runtime)
+    train_args, *_ = train.parse_args([f"--rescale-factor={args.rescale_factor}"])
+    loader = training_loader(dataset, range(len(dataset)), args.batch_size, runtime)
     model = train.build_model(train_args)
-    training = train.build_training(model, train_args, len(loader), runtime)
+    training = train.build_training(model, loader, train_args, runtime)
     batches = [batch for batch, _ in loader]
     images = sum(map(len, batches))
 
@@ -109,7 +108,7 @@ def build_network_stages(dataset: PneumoniaDataset, runtime: Runtime,
         for batch, masks in loader:
             training.augmentation(runtime.load(batch), masks.to(runtime.device).float())
 
-    train_epoch = partial(train_one_epoch, training, loader, log=lambda *_: None)
+    train_epoch = partial(train_one_epoch, training, log=lambda *_: None)
     predict = partial(runtime.predict_masks, deepcopy(model).eval())
     ready = runtime.load(batches[0])
     theta = torch.eye(2, 3, device=runtime.device).expand(len(ready), 2, 3)
@@ -123,10 +122,11 @@ def build_network_stages(dataset: PneumoniaDataset, runtime: Runtime,
     side = MATRIX_SIDE[runtime.device.type]
     matrix = torch.randn(side, side, device=runtime.device, dtype=runtime.dtype)
     operations = 2 * side**3  # of a product
-    steps, passes = (count_operations(args.rescale_factor, training=kind) for kind in (True, False))
+    trained = operations / count_operations(args.rescale_factor, training=True)
+    predicted = operations / count_operations(args.rescale_factor, training=False)
     return [Stage(load_and_augment, images, resample, images),
-            Stage(train_epoch, images, lambda: matrix @ matrix, operations / steps),
-            Stage(each(predict, batches), images, lambda: matrix @ matrix, operations / passes)]
+            Stage(train_epoch, images, lambda: matrix @ matrix, trained),
+            Stage(each(predict, batches), images, lambda: matrix @ matrix, predicted)]
 
 
 def count_operations(rescale_factor: int, *, training: bool) -> int:
@@ -193,13 +193,10 @@ def draw_case(dataset: PneumoniaDataset, index: int, rng: np.random.Generator) -
 
 def measure(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
     """Median of the seconds that a call takes."""
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
+    def call_and_wait() -> None:
         call()
         torch.get_device_module(device).synchronize()
-        seconds.append(time.perf_counter() - started)
-    return float(np.median(seconds))
+    return float(np.median(timeit.repeat(call_and_wait, number=1, repeat=repeats)))
 
 
 def build_stages(paths: list[Path], runtime: Runtime, args: argparse.Namespace) -> list[Stage]:

@@ -35,6 +35,8 @@ UPLOAD_SECONDS = 60  # within which a body must arrive
 READERS = 4
 JSON, FORM = "application/json", "multipart/form-data"
 
+_loading = Lock()  # the cache of load_network alone would let two threads load it
+
 
 def get_prediction(pId: str, dicom: str) -> dict[str, dict[str, str]]:
     """Answers one file, given as base64 text, in the form of trainML's endpoints:
@@ -42,20 +44,14 @@ def get_prediction(pId: str, dicom: str) -> dict[str, dict[str, str]]:
 
     Boxes are in original pixels. Raises ValueError with the reason if there is no answer.
     """
-    return load_network().predict(JSON, json.dumps({"pId": pId, "dicom": dicom}).encode())
-
-
-_loading = Lock()
-
-
-def load_network() -> "Network":
-    """The network of $MODEL_CHECKPOINT or $TRAINML_MODEL_PATH/final.pth.tar, loaded once."""
     with _loading:
-        return _load_network()
+        network = load_network()
+    return network.predict(JSON, json.dumps({"pId": pId, "dicom": dicom}).encode())
 
 
 @cache
-def _load_network():
+def load_network() -> "Network":
+    """The network of $MODEL_CHECKPOINT or $TRAINML_MODEL_PATH/final.pth.tar, loaded once."""
     default = cli.default_path("TRAINML_MODEL_PATH", "final.pth.tar")
     return Network(cli.require(os.environ.get("MODEL_CHECKPOINT") or default, "file",
                                flag="MODEL_CHECKPOINT", variable="TRAINML_MODEL_PATH"))

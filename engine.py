@@ -6,13 +6,13 @@ The processes of a run (parallel.py) share the first two; what is drawn is left 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 
 import cli
 import parallel
@@ -23,19 +23,68 @@ from metrics import Evaluation, Thresholds, image_confidence, score_mask
 from model import PneumoniaUNET, Runtime
 from readers import Reading, read_images
 
+POSITIVE_WEIGHT = 2  # how much more often an image with opacities is drawn in training
 CHECK_STEPS = 20  # between checks of the loss, each of which waits for the GPU
 DRAWN_TOGETHER = 16  # images in a batch of overlays
+RANK_SEED = 1009  # difference between the augmentation seeds of neighbouring ranks
+STATEFUL = ("optimizer", "scheduler", "scaler")  # what last.pth.tar adds to the model
 
 
-class Training(NamedTuple):
-    """State of a training run."""
-    model: PneumoniaUNET
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    scaler: torch.amp.GradScaler
-    augmentation: Augmentation
-    runtime: Runtime
-    network: nn.Module  # the model, wrapped in a run of several processes
+class Training:
+    """State of a training run: what its steps need and change."""
+
+    def __init__(self, model: PneumoniaUNET, optimizer: torch.optim.Optimizer,
+                 scheduler: torch.optim.lr_scheduler.LRScheduler, loader: DataLoader,
+                 runtime: Runtime):
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.loader, self.runtime = loader, runtime
+        self.augmentation = Augmentation(torch.Generator())
+        self.scaler = torch.amp.GradScaler(runtime.device.type,
+                                           enabled=runtime.dtype == torch.float16)
+        self.network = parallel.distribute(model, runtime)
+        self.history = []  # figures of each epoch done
+
+    def seed_epoch(self, seed: int, epoch: int) -> None:
+        """Seeds an epoch, counted from 1, by its number and the run's seed alone, so that a
+        continued run draws the same. Processes draw the same order of images, but augment them
+        differently."""
+        seed = seed * 1_000_003 + epoch - 1
+        self.loader.generator.manual_seed(seed)
+        self.augmentation.generator.manual_seed(seed + RANK_SEED * self.runtime.rank)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs, besides weights and history, so that the run can continue."""
+        return {name: getattr(self, name).state_dict() for name in STATEFUL}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores the state and the history in a last.pth.tar."""
+        self.history = state["history"]
+        # a run keeps the form it began with where it can; scaled gradients need the optimizer's own
+        for group in state["optimizer"]["param_groups"]:
+            if group.get("fused") or self.scaler.is_enabled():
+                group["fused"] = self.optimizer.defaults.get("fused")
+        for name in STATEFUL:
+            if state[name]:  # that of a scaler not in use is empty
+                getattr(self, name).load_state_dict(state[name])
+        # the number of steps in an epoch depends on the number of processes
+        self.scheduler.last_epoch = len(self.history) * len(self.loader) - 1
+        self.scheduler.step()
+
+
+def training_loader(dataset: PneumoniaDataset, indices: Sequence[int], batch_size: int,
+                    runtime: Runtime) -> DataLoader:
+    """Loads this process's share of training batches; its generator decides the order of images.
+
+    The sampler deals out whole batches of indices and the data set makes a batch of each, so the
+    loader itself does not batch: batch_size=None.
+    """
+    generator = torch.Generator()
+    weights = [POSITIVE_WEIGHT if len(dataset.boxes[index]) else 1 for index in indices]
+    order = WeightedRandomSampler(weights, len(indices), generator=generator)
+    size = batch_size * runtime.world  # of all processes together
+    batches = parallel.SharedBatches(order, size, runtime, drop_last=len(indices) >= size)
+    return DataLoader(Subset(dataset, indices), batch_size=None, sampler=batches,
+                      generator=generator, pin_memory=runtime.device.type == "cuda")
 
 
 def combined_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
@@ -46,22 +95,22 @@ def combined_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(logits, masks) + 0.5 * dice
 
 
-def train_one_epoch(training: Training, loader: DataLoader,
-                    log: Callable[[int, list[float], float], None]) -> float:
+def train_one_epoch(training: Training, log: Callable[[int, list[float], float], None]) -> float:
     """One pass over the loader; returns the mean loss. Calls log(last step, losses, learning rate)
     every CHECK_STEPS steps; its step counts over all epochs. Raises InputError like check_losses.
     """
-    model, optimizer, scheduler, scaler, augmentation, runtime, network = training
-    model.train()
+    loader, runtime = training.loader, training.runtime
+    optimizer, scheduler, scaler = training.optimizer, training.scheduler, training.scaler
+    training.model.train()
     pending, total = [], 0.0
-    epoch = scheduler.last_epoch // len(loader) + 1
+    epoch = len(training.history) + 1
     batches = cli.progress(loader, total=len(loader), description=f"epoch {epoch}",
                            scale=loader.sampler.batch_size)
     for step, (images, masks) in enumerate(batches, 1):
         # forward, on the device
         masks = masks.to(runtime.device, non_blocking=True).float()
-        images, masks = augmentation(runtime.load(images), masks)
-        loss = combined_loss(runtime.segment(network, images), masks)
+        images, masks = training.augmentation(runtime.load(images), masks)
+        loss = combined_loss(runtime.segment(training.network, images), masks)
         # backward, update
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -78,7 +127,7 @@ def train_one_epoch(training: Training, loader: DataLoader,
             log(scheduler.last_epoch, losses, scheduler.get_last_lr()[0])
             total += sum(losses)
             pending.clear()
-    parallel.share_statistics(model, runtime)
+    parallel.share_statistics(training.model, runtime)
     return total / len(loader)
 
 
@@ -102,23 +151,21 @@ def evaluate(model: nn.Module, dataset: PneumoniaDataset, indices: Sequence[int]
     Raises InputError if the loss is not finite.
     """
     model.eval()
-    batches = parallel.share(torch.as_tensor(indices).split(batch_size), runtime)
-    losses, confidences, scores = [], [], []
+    batches = parallel.share(list(cli.batched(indices, batch_size)), runtime)
+    rows = []
     for batch in cli.progress(batches, total=len(batches), description="validate",
                               scale=batch_size):
-        images, masks = dataset[batch.tolist()]
+        images, masks = dataset[batch]
         logits = runtime.segment(model, runtime.load(images))
         loss = combined_loss(logits, masks.to(runtime.device).float()).item()
         if not math.isfinite(loss):
             raise cli.InputError(f"the validation loss is {loss} after this epoch: lower "
                                  "--learning-rate; the best files so far are kept")
-        losses += [loss] * len(batch)
-        for index, mask in zip(batch.tolist(), logits.sigmoid()[:, 0].cpu().numpy()):
-            size, boxes = dataset.original_sizes[index], dataset.boxes[index]
-            confidences.append(image_confidence(mask))
-            scores.append(score_mask(mask, size, boxes, box_thresholds))
-    rows = parallel.gather(list(zip(losses, confidences, scores)), runtime)
-    losses, confidences, scores = zip(*rows)
+        for index, mask in zip(batch, logits.sigmoid()[:, 0].cpu().numpy()):
+            scores = score_mask(mask, dataset.original_sizes[index], dataset.boxes[index],
+                                box_thresholds)
+            rows.append((loss, image_confidence(mask), scores))
+    losses, confidences, scores = zip(*parallel.gather(rows, runtime))
     positive = np.array([len(dataset.boxes[index]) > 0 for index in indices])
     views = np.array([dataset.views[index] for index in indices])
     return Evaluation(float(np.mean(losses)), np.array(confidences), positive, views,

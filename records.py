@@ -1,7 +1,6 @@
 """What a training run keeps in its folder: checkpoints, from which it can continue, TensorBoard
 logs, split.csv, metrics.json, and report.html with its pictures."""
 
-import argparse
 import csv
 import json
 import math
@@ -22,10 +21,9 @@ from dataset import PneumoniaDataset
 from drawing import Overlay, draw_overlay, picture_writer
 from engine import Training
 from metrics import Evaluation, Thresholds, score_lines
-from model import PneumoniaUNET, save_checkpoint
+from model import save_checkpoint
 from report import row_of, write_report
 
-STATEFUL = ("optimizer", "scheduler", "scaler")  # what last.pth.tar adds to the model
 METRIC_NAMES = {  # in metrics.json and final.pth.tar, of what metrics.summarize returns
     "rsna": "rsna_mean_average_precision", "rsna_standard_error": "rsna_standard_error",
     "total": "total_average_precision", "auc": "image_roc_auc", "auc_AP": "image_roc_auc_AP",
@@ -34,14 +32,14 @@ COMPARED = ("batch_size", "epochs", "optimizer", "width", "rescale_factor", "lea
 
 
 class Records:
-    """The files of a run in `folder`. Checkpoints hold its `arguments`, as plain values, and its
-    `history`, a list to which the run adds the figures of each epoch. TensorBoard drops what it has
-    of steps after `steps_done`, which the run logs again."""
+    """The files of a `training` in `folder`. Checkpoints hold the run's `arguments`, as plain
+    values, and its history. TensorBoard drops what it has of the steps that the run logs again."""
 
-    def __init__(self, folder: Path, arguments: dict[str, Any], history: list[dict],
-                 steps_done: int = 0):
-        self.folder, self.arguments, self.history = folder, arguments, history
-        self.writer = SummaryWriter(folder / "logs", purge_step=steps_done + 1)
+    def __init__(self, folder: Path, arguments: dict[str, Any], training: Training):
+        self.folder, self.arguments, self.training = folder, arguments, training
+        self.history = training.history
+        next_step = training.scheduler.last_epoch + 1
+        self.writer = SummaryWriter(folder / "logs", purge_step=next_step)
         self.writer.add_custom_scalars_multilinechart(
             ["loss/train", "loss/validation"], "loss", "both")
 
@@ -59,6 +57,34 @@ class Records:
             print("continue with: python train.py",
                   *(f"--{name} {shlex.quote(str(path))}" for name, path in flags.items()))
         self.writer.close()
+
+    def begin(self, dataset: PneumoniaDataset, parts: dict[str, list[int]]) -> None:
+        """Writes split.csv: which part each image belongs to. A run that continues takes along the
+        files beside its checkpoint, and warns of images that were in another part before."""
+        final = self.folder / "final.pth.tar"
+        if final.exists():
+            print(f"{final} is from before this run, which replaces it at its end")
+        rows = [(dataset.patient_ids[index], name)
+                for name, part in parts.items() for index in part]
+        if self.history:
+            checkpoint = Path(self.arguments["checkpoint"])
+            self._take_along(checkpoint)
+            _compare_split(checkpoint.with_name("split.csv"), rows)
+        cli.write_csv(self.folder / "split.csv", [("patientId", "split"), *rows])
+
+    def _take_along(self, checkpoint):
+        """If a run continues in another folder than that of its `checkpoint`, copies this file and
+        the best files beside it, and deletes best files of any other run here."""
+        if checkpoint.parent.resolve() == self.folder.resolve():
+            return
+        best = (checkpoint.with_name(name) for name in ("loss.best.pth.tar", "prec.best.pth.tar"))
+        for source in (checkpoint, *best):
+            target = self.folder / ("last.pth.tar" if source == checkpoint else source.name)
+            if source.exists():
+                with cli.atomic_write(target) as file:
+                    file.write(source.read_bytes())
+            else:
+                target.unlink(missing_ok=True)
 
     def log_steps(self, last_step: int, losses: Sequence[float], learning_rate: float) -> None:
         """Logs the losses of the steps up to `last_step`, and the learning rate there."""
@@ -82,7 +108,7 @@ class Records:
             self.writer.add_image(
                 f"validation/{overlay.patient_id}", picture, epoch, dataformats="HWC")
 
-    def save_epoch(self, training: Training, thresholds: Thresholds) -> None:
+    def save_epoch(self, thresholds: Thresholds) -> None:
         """Writes last.pth.tar, from which a run continues exactly, a best file if the last epoch of
         the history is the best yet, and curves.png."""
         best = {"loss.best": min(self.history, key=lambda scores: scores["loss"]),
@@ -90,51 +116,21 @@ class Records:
         for name, scores in best.items():
             path = self.folder / f"{name}.pth.tar"
             if scores is self.history[-1] or not path.exists():
-                save_checkpoint(path, training.model, **self._state(thresholds))
-        states = {name: getattr(training, name).state_dict() for name in STATEFUL}
-        save_checkpoint(self.folder / "last.pth.tar", training.model, **states,
-                        **self._state(thresholds))
+                self._save(name, thresholds)
+        self._save("last", thresholds, **self.training.state_dict())
         draw_history(self.folder, self.history)
 
-    def save_final(self, model: PneumoniaUNET, thresholds: Thresholds,
-                   figures: dict[str, float]) -> None:
+    def save_final(self, thresholds: Thresholds, figures: dict[str, float]) -> None:
         """Writes final.pth.tar, with the figures of the run."""
-        save_checkpoint(self.folder / "final.pth.tar", model, **self._state(thresholds),
-                        **_rename(figures))
+        self._save("final", thresholds, **_rename(figures))
 
-    def _state(self, thresholds):
-        """What every checkpoint holds besides the weights: all that predict.py needs, and how the
-        weights were trained."""
-        return {"rescale_factor": self.arguments["rescale_factor"], "args": self.arguments,
-                "history": self.history, **thresholds.stored()}
-
-    def take_along(self, checkpoint: Path) -> None:
-        """If a run continues in another folder than that of its `checkpoint`, copies this file and
-        the best files beside it, and deletes best files of any other run here."""
-        if checkpoint.parent.resolve() == self.folder.resolve():
-            return
-        best = (checkpoint.with_name(name) for name in ("loss.best.pth.tar", "prec.best.pth.tar"))
-        for source in (checkpoint, *best):
-            target = self.folder / ("last.pth.tar" if source == checkpoint else source.name)
-            if source.exists():
-                with cli.atomic_write(target) as file:
-                    file.write(source.read_bytes())
-            else:
-                target.unlink(missing_ok=True)
-
-    def write_split(self, dataset: PneumoniaDataset, parts: dict[str, list[int]],
-                    begun: Path | None = None) -> None:
-        """Writes split.csv: which part each image belongs to. Warns of images that are in another
-        part than in `begun`, the split.csv of a run to continue."""
-        rows = [(dataset.patient_ids[index], name)
-                for name, part in parts.items() for index in part]
-        if begun and begun.exists():
-            with open(begun, newline="", encoding="utf-8") as file:
-                before = dict(csv.reader(file))
-            cli.warn("images are new or have moved to another part, because the data have changed "
-                     "since the run began: its scores may include images it was trained on",
-                     [patient_id for patient_id, name in rows if before.get(patient_id) != name])
-        cli.write_csv(self.folder / "split.csv", [("patientId", "split"), *rows])
+    def _save(self, name, thresholds, **state):
+        """Writes a checkpoint: the weights, all that predict.py needs, how the weights were
+        trained, and `state`."""
+        save_checkpoint(
+            self.folder / f"{name}.pth.tar", self.training.model, args=self.arguments,
+            history=self.history, rescale_factor=self.arguments["rescale_factor"],
+            **thresholds.stored(), **state)
 
     def report(self, evaluation: Evaluation, figures: dict[str, float], thresholds: Thresholds,
                overlays: Iterable[Overlay]) -> None:
@@ -152,8 +148,8 @@ class Records:
 
     def finish(self, figures: dict[str, float], thresholds: Thresholds,
                sizes: dict[str, int], seconds: dict[str, float]) -> None:
-        """Writes metrics.json, and a row of TensorBoard's HParams table: the flags usually
-        compared, and the scores."""
+        """Writes metrics.json and a row of TensorBoard's HParams table (the flags usually
+        compared, and the scores), and prints the scores."""
         scores = {f"final/{name}": figures[name] for name in ("rsna", "total", "auc")}
         compared = {key: str(self.arguments[key]) for key in COMPARED}
         self.writer.add_hparams(compared, scores, run_name=".")
@@ -161,6 +157,19 @@ class Records:
         record = {**_rename(figures), **thresholds.stored(), **sizes, "history": history,
                   "arguments": self.arguments, "versions": versions(), "seconds": seconds}
         cli.write_text(self.folder / "metrics.json", json.dumps(record, indent=1))
+        print(f"see {self.folder / 'report.html'}", thresholds,
+              *score_lines(figures, sizes["scored_images"]), sep="\n")
+
+
+def _compare_split(path, rows):
+    """Warns of rows (id, part) that are not in the split.csv at `path`, if it is there."""
+    if not path.exists():
+        return
+    with open(path, newline="", encoding="utf-8") as file:
+        before = dict(csv.reader(file))
+    cli.warn("images are new or have moved to another part, because the data have changed since "
+             "the run began: its scores may include images it was trained on",
+             [patient_id for patient_id, name in rows if before.get(patient_id) != name])
 
 
 def _rename(figures):
@@ -171,13 +180,6 @@ def _rename(figures):
 def _finite(figures):
     """Figures with None for NaN, which JSON lacks."""
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
-
-
-def plain_values(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments as plain values, for JSON and for checkpoints that load without executing code."""
-    plain = (int, float, type(None))
-    return {key: value if isinstance(value, plain) else str(value)
-            for key, value in vars(args).items()}
 
 
 def versions() -> dict[str, str]:
@@ -193,15 +195,3 @@ def check_disk(folder: Path, model: torch.nn.Module) -> None:
     if free < needed:
         raise cli.InputError(f"{folder} has {free / 1e6:.0f} MB left, a run needs "
                              f"{needed / 1e6:.0f}: free some, or give another folder with --save")
-
-
-def resume(training: Training, state: dict, epoch_steps: int) -> None:
-    """Restores the states of a run to continue, from the content of its last.pth.tar."""
-    for name in STATEFUL:
-        if state[name]:  # that of a scaler not in use is empty
-            getattr(training, name).load_state_dict(state[name])
-    for group in training.optimizer.param_groups:  # this device may lack the stored fused form
-        group["fused"] = training.optimizer.defaults.get("fused")
-    # the number of steps in an epoch depends on the number of processes
-    training.scheduler.last_epoch = len(state["history"]) * epoch_steps - 1
-    training.scheduler.step()

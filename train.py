@@ -20,32 +20,28 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
+from torch.utils.data import DataLoader
 
 import cli
 import parallel
 from curves import CURVE_THRESHOLDS
-from dataset import Augmentation, PneumoniaDataset, find_labelled, load_parts, split
+from dataset import PneumoniaDataset, find_labelled, load_parts, split
 from drawing import IMAGE_SIZE
-from engine import Training, evaluate, overlays, train_one_epoch
-from metrics import Thresholds, choose_thresholds, score_lines, summarize
+from engine import Training, evaluate, overlays, train_one_epoch, training_loader
+from metrics import Thresholds, choose_thresholds, summarize
 from model import PneumoniaUNET, Runtime, choose_runtime, load_checkpoint
-from records import Records, check_disk, plain_values, resume
+from records import Records, check_disk
 
-OPTIMIZERS = {  # class, default overrides
-    "adam": (torch.optim.Adam, {"lr": 5e-4}),
-    "adamw": (torch.optim.AdamW, {"lr": 5e-4, "weight_decay": 0.01}),
-    "adamax": (torch.optim.Adamax, {"lr": 1e-3}),
-    "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
-    "adagrad": (torch.optim.Adagrad, {"lr": 0.05, "initial_accumulator_value": 0.1}),
+OPTIMIZERS = {  # class, devices with a fused form since PyTorch 2.6, default overrides
+    "adam": (torch.optim.Adam, ("cpu", "cuda"), {"lr": 5e-4}),
+    "adamw": (torch.optim.AdamW, ("cpu", "cuda"), {"lr": 5e-4, "weight_decay": 0.01}),
+    "adamax": (torch.optim.Adamax, (), {"lr": 1e-3}),
+    "sgd": (torch.optim.SGD, ("cpu", "cuda"), {"lr": 0.05, "momentum": 0.9}),
+    "adagrad": (torch.optim.Adagrad, ("cpu",), {"lr": 0.05, "initial_accumulator_value": 0.1}),
 }
-FUSED = {"adam": ("cpu", "cuda"), "adamw": ("cpu", "cuda"), "sgd": ("cpu", "cuda"),
-         "adagrad": ("cpu",)}  # devices with a fused form in all versions of PyTorch from 2.6
-POSITIVE_WEIGHT = 2  # how much more often an image with opacities is drawn in training
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 DEBUG_EPOCHS, DEBUG_STEPS, DEBUG_VALIDATION_STEPS, DEBUG_IMAGES = 2, 50, 10, 100
-LARGEST_SEED = 10**9  # PyTorch takes 64 bits, of which seed_epoch needs some for the epochs
-RANK_SEED = 1009  # difference between the augmentation seeds of neighbouring ranks
+LARGEST_SEED = 10**9  # PyTorch takes 64 bits, of which Training.seed_epoch needs some
 SHOWN, SHOWN_SIZE = 4, 512  # validation images in TensorBoard every epoch; their longest side
 # flags that a continued run does not inherit, and those that it may change
 PATH_FLAGS = ("data", "labels", "save", "checkpoint", "device", "workers")
@@ -56,8 +52,6 @@ CHANGEABLE = ("epochs", "train_threshold", "save_images", "box_threshold", "gate
 class Setup(NamedTuple):
     """What main builds before the first step."""
     training: Training
-    loader: DataLoader
-    order: torch.Generator  # of the loader
     dataset: PneumoniaDataset
     parts: dict[str, list[int]]  # indices of the images of each part
     thresholds: Thresholds  # given by flags, or the defaults
@@ -153,7 +147,7 @@ def add_recipe_options(add: Callable) -> None:
 
 
 def _defaults(key):
-    values = {name: options.get(key) for name, (_, options) in OPTIMIZERS.items()}
+    values = {name: options.get(key) for name, (*_, options) in OPTIMIZERS.items()}
     return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
 
 
@@ -170,26 +164,32 @@ def parse_args(argv: Sequence[str] | None = None,
     if args.checkpoint:
         path = cli.require(args.checkpoint, "file", flag="--checkpoint")
         model, checkpoint = load_checkpoint(path)
-        state = checkpoint if "optimizer" in checkpoint else {}
         parser.set_defaults(width=model.config["width"])
+        if "optimizer" in checkpoint:
+            state = checkpoint
+            inherited = state["args"].keys() - PATH_FLAGS
+            parser.set_defaults(**{key: state["args"][key] for key in inherited})
         args = parser.parse_args(argv)
     if state:
-        stored = {key: value for key, value in state["args"].items() if key not in PATH_FLAGS}
-        parser.set_defaults(**stored)
-        args = parser.parse_args(argv)
-        for key in stored.keys() - CHANGEABLE:
-            flag = f"--{key.replace('_', '-')} {getattr(args, key)}"
-            _refuse_if(getattr(args, key) != stored[key],
-                       f"{flag}: the run to continue has {stored[key]}; leave the flag out")
-        done = len(state["history"])
-        _refuse_if(args.epochs < done, f"--epochs {args.epochs}: the run to continue has done "
-                   f"{done}; give {done} or more")
+        check_continued(args, state)
     check_args(args)
     if args.learning_rate is None:
-        args.learning_rate = OPTIMIZERS[args.optimizer][1]["lr"]
+        *_, defaults = OPTIMIZERS[args.optimizer]
+        args.learning_rate = defaults["lr"]
     if args.debug:
         args.epochs, args.train_threshold = min(args.epochs, DEBUG_EPOCHS), False
     return args, model, state
+
+
+def check_continued(args: argparse.Namespace, state: dict) -> None:
+    """Raises InputError for another recipe than that of the run to continue, or fewer epochs."""
+    for key, value in state["args"].items():
+        flag, given = f"--{key.replace('_', '-')}", getattr(args, key)
+        _refuse_if(key not in PATH_FLAGS + CHANGEABLE and given != value,
+                   f"{flag} {given}: the run to continue has {value}; leave the flag out")
+    done = len(state["history"])
+    _refuse_if(args.epochs < done, f"--epochs {args.epochs}: the run to continue has done {done}; "
+               f"give {done} or more")
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -223,23 +223,6 @@ def build_data(args: argparse.Namespace) -> tuple[PneumoniaDataset, dict[str, li
     return load_parts(labelled, ids, rescale_factor=args.rescale_factor, workers=args.workers)
 
 
-def build_loader(dataset: PneumoniaDataset, training: Sequence[int], args: argparse.Namespace,
-                 runtime: Runtime) -> tuple[DataLoader, torch.Generator]:
-    """The loader of training batches, and the generator of its order.
-
-    The sampler deals out whole batches of indices and the data set makes a batch of each, so the
-    loader itself does not batch: batch_size=None.
-    """
-    generator = torch.Generator()
-    weights = [POSITIVE_WEIGHT if len(dataset.boxes[index]) else 1 for index in training]
-    order = WeightedRandomSampler(weights, len(training), generator=generator)
-    size = args.batch_size * runtime.world  # of all processes together
-    batches = parallel.SharedBatches(order, size, runtime, drop_last=len(training) >= size)
-    loader = DataLoader(Subset(dataset, training), batch_size=None, sampler=batches,
-                        generator=generator, pin_memory=runtime.device.type == "cuda")
-    return loader, generator
-
-
 def build_model(args: argparse.Namespace, model: PneumoniaUNET | None = None) -> PneumoniaUNET:
     """A new network, or the checkpoint's if the flags fit it; raises InputError if not."""
     if model is None:
@@ -253,16 +236,16 @@ def build_model(args: argparse.Namespace, model: PneumoniaUNET | None = None) ->
     return model
 
 
-def build_optimizer(model: torch.nn.Module, args: argparse.Namespace, total_steps: int,
-                    stored: dict | None = None) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """The optimizer and its schedule: linear warm-up, then a cosine down to a share of the peak.
-    `stored` is the optimizer's state in a run to continue."""
-    optimizer_class, options = OPTIMIZERS[args.optimizer]
+def build_optimizer(model: torch.nn.Module, args: argparse.Namespace,
+                    total_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """The optimizer, in its fused form (one kernel for all weights) if the model's device has it,
+    and its schedule: linear warm-up, then a cosine down to a share of the peak."""
+    optimizer_class, fused_devices, options = OPTIMIZERS[args.optimizer]
     given = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "eps": args.eps,
              "momentum": args.momentum}
     options = options | {key: value for key, value in given.items() if value is not None}
-    device = next(model.parameters()).device.type
-    options = options | fused_form(args.optimizer, device, stored)
+    if next(model.parameters()).device.type in fused_devices:
+        options["fused"] = True
     optimizer = optimizer_class(model.parameters(), **options)
     warmup = math.ceil(WARMUP * total_steps)
 
@@ -275,39 +258,20 @@ def build_optimizer(model: torch.nn.Module, args: argparse.Namespace, total_step
     return optimizer, LambdaLR(optimizer, lr_factor)
 
 
-def fused_form(optimizer: str, device: str, stored: dict | None) -> dict[str, bool]:
-    """The option for one kernel over all weights, where PyTorch has it. A run to continue keeps the
-    form that it began with, if this device has it, since results differ in the last bits."""
-    is_fused = device in FUSED.get(optimizer, ())
-    if stored:
-        is_fused = is_fused and stored["param_groups"][0].get("fused")
-    return {"fused": True} if is_fused else {}
-
-
-def build_training(model: PneumoniaUNET, args: argparse.Namespace, total_steps: int,
-                   runtime: Runtime, stored: dict | None = None) -> Training:
+def build_training(model: PneumoniaUNET, loader: DataLoader, args: argparse.Namespace,
+                   runtime: Runtime) -> Training:
     """Moves the model to the device and builds all that its training needs."""
     model = model.to(runtime.device, memory_format=torch.channels_last)
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
-    optimizer, scheduler = build_optimizer(model, args, total_steps, stored)
-    return Training(model, optimizer, scheduler, scaler, Augmentation(torch.Generator()), runtime,
-                    parallel.distribute(model, runtime))
+    optimizer, scheduler = build_optimizer(model, args, args.epochs * len(loader))
+    return Training(model, optimizer, scheduler, loader, runtime)
 
 
-def build_records(setup: Setup, args: argparse.Namespace,
-                  history: list[dict]) -> contextlib.AbstractContextManager[Records | None]:
+def build_records(setup: Setup) -> contextlib.AbstractContextManager[Records | None]:
     """The Records of the run in --save; None in all processes but the first."""
     if setup.training.runtime.rank > 0:
         return contextlib.nullcontext()
-    final, steps_done = Path(args.save, "final.pth.tar"), setup.training.scheduler.last_epoch
-    if final.exists():
-        print(f"{final} is from before this run, which replaces it at its end")
-    records = Records(Path(args.save), setup.arguments, history, steps_done)
-    begun = None
-    if steps_done:  # a continued run
-        records.take_along(Path(args.checkpoint))
-        begun = Path(args.checkpoint).with_name("split.csv")
-    records.write_split(setup.dataset, setup.parts, begun)
+    records = Records(Path(setup.arguments["save"]), setup.arguments, setup.training)
+    records.begin(setup.dataset, setup.parts)
     return records
 
 
@@ -329,23 +293,15 @@ def check_paths(args: argparse.Namespace) -> Path:
 # The story of a run
 
 
-def seed_epoch(setup: Setup, epoch: int) -> None:
-    """Seeds an epoch, counted from 1, by its number and --seed alone, so that a continued run draws
-    the same. Processes draw the same order of images, but augment them differently."""
-    seed, rank = setup.arguments["seed"] * 1_000_003 + epoch - 1, setup.training.runtime.rank
-    setup.order.manual_seed(seed)
-    setup.training.augmentation.generator.manual_seed(seed + RANK_SEED * rank)
-
-
-def fit(setup: Setup, history: list[dict], records: Records | None) -> None:
-    """Trains the epochs that are not in the history yet, and adds their figures to it."""
+def fit(setup: Setup, records: Records | None) -> None:
+    """Trains the epochs that are not in the training's history yet, and adds them to it."""
     training, thresholds, epochs = setup.training, setup.thresholds, setup.arguments["epochs"]
     log = records.log_steps if records else lambda *_: None
-    for epoch in range(len(history) + 1, epochs + 1):
-        seed_epoch(setup, epoch)
+    for epoch in range(len(training.history) + 1, epochs + 1):
+        training.seed_epoch(setup.arguments["seed"], epoch)
         started = time.monotonic()
-        train_loss = train_one_epoch(training, setup.loader, log)
-        images = min(len(setup.loader) * setup.loader.sampler.batch_size,
+        train_loss = train_one_epoch(training, log)
+        images = min(len(training.loader) * training.loader.sampler.batch_size,
                      len(setup.parts["training"]))
         speed = images / (time.monotonic() - started)
 
@@ -354,15 +310,16 @@ def fit(setup: Setup, history: list[dict], records: Records | None) -> None:
         figures = summarize(evaluation, thresholds.gate)
         scores = {name: figures[name] for name in ("loss", "rsna", "total", "auc")}
         learning_rate = training.scheduler.get_last_lr()[0]
-        history.append({"train_loss": train_loss, **scores, "learning_rate": learning_rate})
+        training.history.append(
+            {"train_loss": train_loss, **scores, "learning_rate": learning_rate})
         if records:
-            records.save_epoch(training, thresholds)
+            records.save_epoch(thresholds)
             records.log_epoch(evaluation, speed, overlays(
                 training.model, setup.dataset, setup.shown, training.runtime, thresholds,
                 image_size=SHOWN_SIZE))
         print(f"epoch {epoch}/{epochs}: loss {train_loss:.4f}, validation loss "
               f"{scores['loss']:.4f}, RSNA mAP {scores['rsna']:.4f}, total AP "
-              f"{scores['total']:.4f}, AUC {scores['auc']:.4f}, {speed:.1f} images/s", flush=True)
+              f"{scores['total']:.4f}, AUC {scores['auc']:.4f}, {speed:.1f} images/s")
 
 
 def hand_over(setup: Setup, records: Records | None) -> tuple[Thresholds, dict[str, float]]:
@@ -381,7 +338,7 @@ def hand_over(setup: Setup, records: Records | None) -> tuple[Thresholds, dict[s
     evaluation = score(setup.scored, runtime, [thresholds.box, *CURVE_THRESHOLDS])
     figures = summarize(evaluation, thresholds.gate)
     if records:
-        records.save_final(model, thresholds, figures)
+        records.save_final(thresholds, figures)
         records.report(evaluation, figures, thresholds, overlays(
             model, setup.dataset, setup.scored, runtime, thresholds,
             image_size=IMAGE_SIZE if arguments["save_images"] else None,
@@ -394,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, model, state = parse_args(argv)
     runtime = parallel.join(choose_runtime(args.device, args.precision))
     save = check_paths(args)
-    arguments = plain_values(args)
+    arguments = vars(args)  # numbers, strings and None: plain values for JSON and checkpoints
     print(*(f"{key}={value}" for key, value in arguments.items()),
           f"on {runtime.device.type} in {runtime.dtype}")
 
@@ -403,21 +360,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = build_model(args, model)
     check_disk(save, model)
     dataset, parts = parallel.once(partial(build_data, args), runtime)
-    print(" and ".join(f"{len(part)} {name}" for name, part in parts.items()), "images", flush=True)
-    loader, order = build_loader(dataset, parts["training"], args, runtime)
+    print(" and ".join(f"{len(part)} {name}" for name, part in parts.items()), "images")
+    loader = training_loader(dataset, parts["training"], args.batch_size, runtime)
     prepared = time.monotonic()
 
     # optimizer; a continued run restores its states
-    total_steps = args.epochs * len(loader)
-    training = build_training(model, args, total_steps, runtime, state.get("optimizer"))
+    training = build_training(model, loader, args, runtime)
     if state:
-        resume(training, state, len(loader))
-    setup = Setup(training, loader, order, dataset, parts, build_thresholds(args), arguments)
-    history = list(state.get("history", []))
+        training.load_state_dict(state)
+    setup = Setup(training, dataset, parts, build_thresholds(args), arguments)
 
     # epochs, final score
-    with build_records(setup, args, history) as records:
-        fit(setup, history, records)
+    with build_records(setup) as records:
+        fit(setup, records)
         trained = time.monotonic()
         thresholds, figures = hand_over(setup, records)
         if records:
@@ -425,8 +380,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                        "score": time.monotonic() - trained}
             records.finish(figures, thresholds, setup.sizes, seconds)
     parallel.leave(runtime)
-    print(f"see {save / 'report.html'}", thresholds, *score_lines(figures, len(setup.scored)),
-          sep="\n")
     # the model is good, but a bug of ours that cost images must not go unnoticed
     return 1 if dataset.internal_errors else 0
 

@@ -17,7 +17,8 @@ from engine import evaluate, train_one_epoch
 from model import choose_runtime, load_checkpoint
 
 # at the default rate 20 steps amplify the last bits of a sum in another order to 4e-4
-FLAGS = ["--optimizer", "sgd", "--lr", "0.01", "--width", "4", "--rescale-factor", "16"]
+FLAGS = ["--optimizer", "sgd", "--lr", "0.01", "--width", "4", "--rescale-factor", "16",
+         "--epochs", "1"]
 
 
 class Batches(list):
@@ -25,11 +26,12 @@ class Batches(list):
     sampler = SimpleNamespace(batch_size=4)
 
 
-def build_training(start, steps, runtime):
-    """A training from the start weights whose batches are augmented already."""
+def build_training(start, batches, runtime):
+    """A training from the start weights on batches that are augmented already."""
     args, _, _ = train.parse_args(FLAGS)
-    training = train.build_training(load_checkpoint(start)[0], args, steps, runtime)
-    return training._replace(augmentation=lambda images, masks: (images, masks))
+    training = train.build_training(load_checkpoint(start)[0], batches, args, runtime)
+    training.augmentation = lambda images, masks: (images, masks)
+    return training
 
 
 def open_study(path):
@@ -45,9 +47,9 @@ def main(folder):
     evaluation = evaluate(load_checkpoint(start)[0], dataset, range(len(dataset)), runtime,
                           [0.04, 0.05], batch_size=3)
     images, masks = torch.load(folder / "batches.pt")  # (steps, parts, B, 1, S, S)
-    training, losses = build_training(start, len(images), runtime), []
     own = Batches(zip(images[:, runtime.rank], masks[:, runtime.rank]))
-    train_one_epoch(training, own, lambda _, values, rate: losses.extend(values))
+    training, losses = build_training(start, own, runtime), []
+    train_one_epoch(training, lambda _, values, rate: losses.extend(values))
     ids = parallel.gather([dataset.patient_ids], runtime)
     states = parallel.gather([training.model.state_dict()], runtime)
     if runtime.rank == 0:

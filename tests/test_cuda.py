@@ -80,10 +80,16 @@ def batch(cuda):
     return [torch.zeros(COUNT, 1, SIDE, SIDE, dtype=torch.uint8) for _ in range(2)]
 
 
+class Batches(list):
+    """A loader of batches that are there already."""
+    sampler = SimpleNamespace(batch_size=COUNT)
+
+
 @pytest.fixture
-def training(model, runtime):
+def training(model, batch, runtime):
+    """A training of five steps an epoch."""
     args, _, _ = train.parse_args(["--rescale-factor", "16", "--width", "4"])
-    return train.build_training(model, args, 10, runtime)
+    return train.build_training(model, Batches([batch] * 5), args, runtime)
 
 
 def test_augmentation_stays_on_the_card_and_waits_for_nothing(training, batch):
@@ -126,14 +132,13 @@ def give_gradients(training, monkeypatch):
 
 
 @pytest.mark.parametrize("runtime", [torch.float32, torch.bfloat16], indirect=True, ids=str)
-def test_an_epoch_looks_at_values_once_in_check_steps(training, batch, cuda):
+def test_an_epoch_looks_at_values_once_in_check_steps(training, cuda):
     give_gradients(training, cuda)
     cuda.setattr(engine, "CHECK_STEPS", 2)
     looks = []
     cuda.setattr(FakeTensor, "tolist", lambda self: looks.append(len(self)) or [0.5] * len(self))
-    loader = type("Loader", (list,), {"sampler": SimpleNamespace(batch_size=COUNT)})
     with Operations() as operations:
-        loss = train_one_epoch(training, loader([batch] * 5), lambda *_: None)
+        loss = train_one_epoch(training, lambda *_: None)
     assert looks == [2, 2, 1] and loss == pytest.approx(0.5)
     assert operations.copies("cuda", "cpu") == 0
     names = {name for name, *_ in operations.seen}
@@ -175,8 +180,6 @@ class Study:
 
 def test_evaluation_copies_the_masks_of_a_batch_once(model, runtime, cuda):
     fake_values(cuda)
-    cuda.setattr(torch, "as_tensor", lambda indices: SimpleNamespace(
-        split=lambda size: [np.array([0, 1]), np.array([2, 3])]))  # real ones
     with Operations() as operations:
         evaluation = evaluate(model, Study(), range(4), runtime, [0.6], batch_size=2)
     assert evaluation.loss == 0.5 and evaluation.confidences.tolist() == [0.5] * 4

@@ -34,14 +34,29 @@ def build(study, labels=None):
     return dp.build_training_csv(study / "images", study, study)
 
 
-def test_training_csv_has_one_row_per_label_row(study, capsys):
+def test_training_csv_has_one_row_per_label_row(study):
     build(study)
     table = pd.read_csv(study / "train.csv")
     assert list(table) == TRAINING_COLUMNS.split(",")
     assert table["patientId"].tolist() == ["a", "a", "b", "c"]
-    assert table.loc[1, ["x", "y", "width", "height"]].tolist() == [5, 1, 2, 2]
-    assert table["Target"].tolist() == [1, 1, 0, 0] and table["PatientAge"].tolist() == [62] * 4
+
+
+def test_a_row_joins_label_header_and_class(study):
+    build(study)
+    row = pd.read_csv(study / "train.csv").loc[1]
+    assert row[["x", "y", "width", "height", "Target"]].tolist() == [5, 1, 2, 2, 1]
+    assert (row["PatientAge"], row["class"]) == (62, "Lung Opacity")
+
+
+def test_each_image_has_its_class_and_target(study):
+    build(study)
+    table = pd.read_csv(study / "train.csv")
     assert table["class"].tolist()[1:] == ["Lung Opacity", "Normal", "No Lung Opacity / Not Normal"]
+    assert table["Target"].tolist() == [1, 1, 0, 0]
+
+
+def test_a_complete_study_is_joined_without_a_warning(study, capsys):
+    build(study)
     assert "warning" not in capsys.readouterr().out
 
 

@@ -123,7 +123,7 @@ def test_get_prediction_answers_as_the_server_does(server, checkpoint, radiograp
     monkeypatch.setenv("MODEL_CHECKPOINT", str(checkpoint))
     answer = endpoint.get_prediction("a", base64.b64encode(radiograph).decode())
     endpoint.load_network().readers.stop()
-    endpoint._load_network.cache_clear()
+    endpoint.load_network.cache_clear()
     assert answer["a"]["annotations"] and (200, answer) == server.predict("a", radiograph)
 
 
@@ -132,13 +132,13 @@ def test_get_prediction_raises_value_error_with_the_reason(checkpoint, monkeypat
     with pytest.raises(ValueError, match="^is not a DICOM file$"):
         endpoint.get_prediction("a", "bm90IGEgcmFkaW9ncmFwaA==")
     endpoint.load_network().readers.stop()
-    endpoint._load_network.cache_clear()
+    endpoint.load_network.cache_clear()
 
 
 def test_an_import_starts_nothing():
     code = ("import endpoint, multiprocessing, threading\n"
             "assert not multiprocessing.active_children() and threading.active_count() == 1\n"
-            "assert not endpoint._load_network.cache_info().currsize")
+            "assert not endpoint.load_network.cache_info().currsize")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

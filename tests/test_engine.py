@@ -7,11 +7,99 @@ import torch
 
 import train
 from cli import InputError
-from engine import check_losses, combined_loss, evaluate, overlays
+from engine import check_losses, combined_loss, evaluate, overlays, training_loader
 from metrics import Thresholds, average_precision_image, choose_thresholds, find_boxes, summarize
 from model import PneumoniaUNET, choose_runtime
 
 CPU = choose_runtime("cpu", "fp32")
+STEPS = 5  # of an epoch
+
+
+# Batches
+
+
+def test_the_loader_deals_out_whole_batches_of_training_images(labelled):
+    args, dataset, parts = labelled
+    loader = training_loader(dataset, parts["training"], args.batch_size, CPU)
+    batches = list(loader)
+    assert len(loader) == len(batches) == 4  # 36 images; what is left of the last batch is dropped
+    training = {image.numpy().tobytes() for image in dataset[parts["training"]][0]}
+    for images, masks in batches:
+        assert images.shape == masks.shape == (8, 1, 64, 64)
+        assert {image.numpy().tobytes() for image in images} <= training
+
+
+def test_images_with_opacities_are_drawn_twice_as_often(labelled):
+    args, dataset, parts = labelled
+    loader = training_loader(dataset, parts["training"], args.batch_size, CPU)
+    drawn = np.mean([mask.any().item() for seed in range(30) if loader.generator.manual_seed(seed)
+                     for _, masks in loader for mask in masks])
+    positive = np.mean([len(dataset.boxes[index]) > 0 for index in parts["training"]])
+    assert drawn == pytest.approx(2 * positive / (1 + positive), abs=0.05)
+
+
+def test_the_order_depends_on_the_seed_alone(labelled):
+    args, dataset, parts = labelled
+    loader = training_loader(dataset, parts["training"], args.batch_size, CPU)
+
+    def epoch(seed):
+        loader.generator.manual_seed(seed)
+        return torch.cat([images for images, _ in loader])
+    first, again, other = epoch(1), epoch(1), epoch(2)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+# A run that continues
+
+
+def build(args):
+    return train.build_training(train.build_model(args), range(STEPS), args, CPU)
+
+
+@pytest.fixture
+def begun():
+    """Arguments of a run and its state after two epochs."""
+    args, *_ = train.parse_args(["--optimizer", "adagrad", "--width", "4"])
+    training = build(args)
+    training.optimizer.step()
+    training.scheduler.step()
+    return args, {**training.state_dict(), "history": [{}, {}]}
+
+
+def test_a_run_continues_where_its_epochs_ended(begun):
+    args, state = begun
+    training = build(args)
+    training.load_state_dict(state)
+    assert training.scheduler.last_epoch == 2 * STEPS
+
+
+def test_a_run_continues_in_a_precision_that_scales_the_loss(begun):
+    args, state = begun
+    training = build(args)
+    training.scaler = torch.amp.GradScaler("cpu")  # as for float16 on a GPU
+    training.load_state_dict(state)
+    assert training.scaler.get_scale() == 65536
+
+
+def test_a_run_continues_on_a_device_that_lacks_the_fused_form(begun, monkeypatch):
+    args, state = begun
+    assert state["optimizer"]["param_groups"][0]["fused"]
+    optimizer_class, _, options = train.OPTIMIZERS["adagrad"]
+    monkeypatch.setitem(train.OPTIMIZERS, "adagrad", (optimizer_class, (), options))
+    training = build(args)
+    training.load_state_dict(state)
+    assert not training.optimizer.param_groups[0]["fused"]
+
+
+@pytest.mark.parametrize("is_scaled, fused", [(False, False), (True, True)])
+def test_a_run_that_began_without_the_fused_form_continues_without_unless_the_loss_is_scaled(
+        begun, is_scaled, fused):
+    args, state = begun
+    state["optimizer"]["param_groups"][0]["fused"] = None
+    training = build(args)
+    training.scaler = torch.amp.GradScaler("cpu", enabled=is_scaled)
+    training.load_state_dict(state)
+    assert bool(training.optimizer.param_groups[0]["fused"]) == fused
 
 
 # Loss
@@ -104,8 +192,9 @@ def test_an_evaluation_holds_every_image_in_order(scored, labelled):
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_batch_size_does_not_change_scores(labelled, batch_size):
     _, dataset, parts = labelled
-    one, other = (evaluate(Brightness(), dataset, parts["training"], CPU, [0.3],
-                                 batch_size=size) for size in (36, batch_size))
+    one, other = (
+        evaluate(Brightness(), dataset, parts["training"], CPU, [0.3], batch_size=size)
+        for size in (36, batch_size))
     np.testing.assert_allclose(one.confidences, other.confidences, rtol=1e-5)
     np.testing.assert_allclose(one.scores, other.scores)
 

@@ -2,31 +2,19 @@ import json
 from types import SimpleNamespace
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import records
-import train
 from cli import InputError
 from metrics import Thresholds
-from model import PneumoniaUNET, choose_runtime
-from records import STATEFUL, Records, check_disk, resume
-
-CPU = choose_runtime("cpu", "fp32")
+from model import PneumoniaUNET
+from records import Records, check_disk
 
 
-def test_a_run_continues_in_another_precision_and_form_of_the_optimizer():
-    args, _, _ = train.parse_args(["--optimizer", "adagrad", "--width", "4"])
-    begun, training = (train.build_training(train.build_model(args), args, 10, CPU, stored)
-                       for stored in (None, {"param_groups": [{}]}))
-    begun.optimizer.step()
-    begun.scheduler.step()
-    state = {name: getattr(begun, name).state_dict() for name in STATEFUL}
-    scaling = training._replace(scaler=torch.amp.GradScaler("cpu"))  # as for float16 on a GPU
-    resume(scaling, {**state, "history": [{}, {}]}, 5)
-    assert state["optimizer"]["param_groups"][0]["fused"]
-    assert not training.optimizer.param_groups[0]["fused"]
-    assert training.scheduler.last_epoch == 10
+def training(steps_done, history=()):
+    """What Records takes of a training."""
+    return SimpleNamespace(history=list(history),
+                           scheduler=SimpleNamespace(last_epoch=steps_done))
 
 
 def test_too_little_room_for_checkpoints_is_found_out_before_training(tmp_path, monkeypatch):
@@ -39,30 +27,47 @@ def test_too_little_room_for_checkpoints_is_found_out_before_training(tmp_path, 
 @pytest.mark.parametrize("steps_done, kept", [(0, []), (2, [1, 2])])
 def test_tensorboard_keeps_the_steps_that_are_done_and_no_other(tmp_path, steps_done, kept):
     for done, steps in ((0, 3), (steps_done, 1)):
-        with Records(tmp_path, {}, [], done) as run:
+        with Records(tmp_path, {}, training(done)) as run:
             run.log_steps(done + steps, [0.5] * steps, 0.1)
     events = EventAccumulator(str(tmp_path / "logs")).Reload()
     assert [event.step for event in events.Scalars("steps/loss")] == [*kept, steps_done + 1]
 
 
-def test_a_continued_run_names_the_images_that_are_now_in_another_part(tmp_path, capsys):
-    images = SimpleNamespace(patient_ids=["a", "b", "c", "d"])
-    with Records(tmp_path, {}, []) as run:
-        run.write_split(images, {"training": [0, 1], "validation": [2]})
-        assert not capsys.readouterr().out
-        begun = tmp_path / "split.csv"
-        run.write_split(images, {"training": [0, 2, 3], "validation": [1]}, begun)
-        told = capsys.readouterr().out
-        assert told.startswith("warning: 3 images are new") and told.endswith(": c, d, b\n")
-        run.write_split(images, {"training": [0, 2, 3], "validation": [1]}, begun)
-        assert not capsys.readouterr().out
+IMAGES = SimpleNamespace(patient_ids=["a", "b", "c", "d"])
+BEFORE = {"training": [0, 1], "validation": [2]}
+
+
+def begin(folder, parts, history=()):
+    """Begins a run, which continues the one in its folder if there is a history."""
+    with Records(folder, {"checkpoint": folder / "last.pth.tar"}, training(0, history)) as run:
+        run.begin(IMAGES, parts)
+
+
+def test_a_new_run_says_nothing_of_a_split(tmp_path, capsys):
+    begin(tmp_path, BEFORE)
+    begin(tmp_path, {"training": [2], "validation": [0]})
+    assert not capsys.readouterr().out
+
+
+def test_a_run_that_continues_with_the_same_data_says_nothing(tmp_path, capsys):
+    begin(tmp_path, BEFORE)
+    begin(tmp_path, BEFORE, history=[{}])
+    assert not capsys.readouterr().out
+
+
+def test_a_run_that_continues_with_other_data_tells_which_images_changed_their_part(
+        tmp_path, capsys):
+    begin(tmp_path, BEFORE)
+    begin(tmp_path, {"training": [0, 2, 3], "validation": [1]}, history=[{}])
+    told = capsys.readouterr().out
+    assert told.startswith("warning: 3 images are new") and told.endswith(": c, d, b\n")
 
 
 def test_metrics_without_a_value_are_null_since_json_has_no_nan(tmp_path):
     arguments = dict.fromkeys(records.COMPARED, 1)
     figures = dict.fromkeys(records.METRIC_NAMES, 0.5) | {"auc": float("nan")}
-    with Records(tmp_path, arguments, [{"loss": 0.5, "auc": float("nan")}]) as run:
-        run.finish(figures, Thresholds(), {}, {})
+    with Records(tmp_path, arguments, training(1, [{"loss": 0.5, "auc": float("nan")}])) as run:
+        run.finish(figures, Thresholds(), {"scored_images": 1}, {})
     text = (tmp_path / "metrics.json").read_text()
     assert "NaN" not in text and json.loads(text)["history"] == [{"loss": 0.5, "auc": None}]
     assert json.loads(text)["image_roc_auc"] is None

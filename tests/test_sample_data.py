@@ -35,6 +35,11 @@ def labels(folder):
 
 
 @pytest.fixture(scope="module")
+def classes(folder):
+    return pd.read_csv(folder / "stage_2_detailed_class_info.csv")
+
+
+@pytest.fixture(scope="module")
 def datasets(folder):
     with config.disable_value_validation():
         return [dcmread(path) for path in sorted(folder.glob("*/*.dcm"))]
@@ -48,14 +53,22 @@ def test_the_layout_is_the_challenges(folder, labels):
     assert set(labels["patientId"]) == train
 
 
-def test_the_label_tables_are_the_challenges_and_agree(folder, labels):
-    classes = pd.read_csv(folder / "stage_2_detailed_class_info.csv")
+def test_tables_have_the_columns_of_the_challenge(labels, classes):
     assert list(labels) == ["patientId", "x", "y", "width", "height", "Target"]
     assert list(classes) == ["patientId", "class"]
+
+
+def test_both_tables_have_the_same_rows(labels, classes):
     assert list(labels["patientId"]) == list(classes["patientId"])
     assert list(labels["Target"] == 1) == list(classes["class"] == sample_data.OPACITY)
+
+
+def test_ten_images_are_of_every_class_and_four_are_positive(labels, classes):
     assert set(classes["class"]) == set(sample_data.CLASSES)
     assert labels[labels["Target"] == 1]["patientId"].nunique() == 4
+
+
+def test_images_without_an_opacity_have_no_box(labels):
     assert labels[labels["Target"] == 0].drop(columns=["patientId", "Target"]).isna().all(axis=None)
 
 

@@ -20,7 +20,7 @@ import parallel
 import predict
 import train
 from dataset import Augmentation, PneumoniaDataset
-from engine import combined_loss, evaluate
+from engine import Training, combined_loss, evaluate
 from folders import find_dicom_files
 from model import PneumoniaUNET, choose_runtime, load_checkpoint, save_checkpoint
 
@@ -70,10 +70,13 @@ def test_each_drawn_index_goes_to_exactly_one_process(world):
 
 def test_processes_draw_the_same_order_and_augment_each_in_its_own_way():
     def draw(rank):
-        augmentation, order = Augmentation(torch.Generator()), torch.Generator()
-        training = SimpleNamespace(augmentation=augmentation, runtime=CPU._replace(rank=rank))
-        train.seed_epoch(SimpleNamespace(arguments={"seed": 1}, order=order, training=training), 3)
-        return [torch.rand(4, generator=one).tolist() for one in (order, augmentation.generator)]
+        augmentation = Augmentation(torch.Generator())
+        loader = SimpleNamespace(generator=torch.Generator())
+        training = SimpleNamespace(augmentation=augmentation, loader=loader,
+                                   runtime=CPU._replace(rank=rank))
+        Training.seed_epoch(training, 1, 3)
+        return [torch.rand(4, generator=owner.generator).tolist()
+                for owner in (loader, augmentation)]
     draws = [draw(rank) for rank in range(3)]
     assert draws[0][0] == draws[1][0] == draws[2][0]
     assert draws[0][1] == draws[0][0]  # as in a run of one process
@@ -183,17 +186,16 @@ def train_alone(folder, parts):
     """Losses and weights of one process that runs the parts of each batch one after another and
     averages their gradients."""
     images, masks = torch.load(folder / "batches.pt")
-    model, optimizer, scheduler, *_ = scale_worker.build_training(
-        folder / "start.pth.tar", STEPS, CPU)
-    model.train()
+    training = scale_worker.build_training(folder / "start.pth.tar", range(STEPS), CPU)
+    model = training.model.train()
     losses = []
     for step in range(STEPS):
-        optimizer.zero_grad()
+        training.optimizer.zero_grad()
         total = sum(combined_loss(CPU.segment(model, CPU.load(images[step, part])),
                                   masks[step, part].float()) for part in range(parts))
         (total / parts).backward()
-        optimizer.step()
-        scheduler.step()
+        training.optimizer.step()
+        training.scheduler.step()
         losses.append(total.item() / parts)
     return losses, dict(model.named_parameters())
 
