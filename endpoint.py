@@ -157,8 +157,7 @@ def build_app() -> "FastAPI":  # noqa: F821, imported inside
         if not content_type.lower().startswith((JSON, FORM)):
             raise HTTPException(415, f"is neither {JSON} nor {FORM}")
         if slots.locked():
-            raise HTTPException(503, "came while the server was busy: try again",
-                                {"Retry-After": "1"})
+            raise HTTPException(503, "came while the server was busy", {"Retry-After": "1"})
         async with slots:
             try:
                 body = await asyncio.wait_for(receive(request), UPLOAD_SECONDS)
@@ -189,13 +188,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         app = build_app()
     except ImportError as error:
         raise cli.InputError(f"{error.name} is missing: pip install -r requirements-extra.txt")
+    is_ipv6 = ":" in args.host
     try:
-        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-        listener = socket.create_server((args.host, args.port), family=family)
+        listener = socket.create_server((args.host, args.port),
+                                        family=socket.AF_INET6 if is_ipv6 else socket.AF_INET)
     except OSError as error:
         raise cli.InputError(f"cannot listen: {error.strerror}: give another --host or --port")
     network = load_network()
-    print(f"ready at http://{args.host}:{listener.getsockname()[1]}; not for clinical use")
+    host = f"[{args.host}]" if is_ipv6 else args.host
+    print(f"ready at http://{host}:{listener.getsockname()[1]}; not for clinical use")
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
     try:
         uvicorn.Server(config).run(sockets=[listener])

@@ -81,7 +81,7 @@ def find_radiographs(
 
     Returns what find_dicom_files does. PNG, JPEG and TIFF images in a folder are taken only if it
     holds no DICOM files; otherwise they are copies, masks or documents, and their number is
-    printed. Raises InputError as refuse_mixture does.
+    printed. Raises InputError if there are no files at all, and as refuse_mixture does.
     """
     found, skipped = [], []
     for source in sources:
@@ -92,6 +92,8 @@ def find_radiographs(
             skipped += left_out
         else:
             found.append(source)
+    if not found and not skipped:
+        raise InputError(f"{', '.join(map(str, sources))} holds no files: give another with --data")
     skipped = list(dict.fromkeys(skipped))  # sources may overlap
     folders = [source if source.is_dir() else source.parent for source in sources]
     if len(folders) == 1:

@@ -249,3 +249,8 @@ def test_a_file_that_is_skipped_twice_is_listed_once(tmp_path):
 def test_pictures_of_an_earlier_run_are_not_searched(formats):
     files, _ = find_radiographs([formats / "images"], [formats / "images" / "png.png"])
     assert files.keys() == {"jpg", "LICENSE"}
+
+
+def test_a_folder_without_files_is_refused(tmp_path):
+    with pytest.raises(InputError, match=f"{tmp_path} holds no files: give another with --data"):
+        find_radiographs([tmp_path])
