@@ -164,11 +164,11 @@ def write_csv(path: Path, rows: Iterable[Iterable]) -> None:
 
 
 def warn(what: str, items: Iterable) -> None:
-    """Prints a count and the first few of `items`; nothing if there are none."""
+    """Prints `what`, the number of `items` and the first few of them; nothing if there are none."""
     items = [str(item) for item in items]
     if items:
         more = f" and {len(items) - NAMED} more" if len(items) > NAMED else ""
-        print(f"warning: {len(items)} {what}: {', '.join(items[:NAMED])}{more}")
+        print(f"warning: {what} ({len(items)}): {', '.join(items[:NAMED])}{more}")
 
 
 def batched(iterable: Iterable, size: int) -> Iterator[list]:

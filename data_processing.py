@@ -55,7 +55,7 @@ def read_headers(folder: Path) -> pd.DataFrame:
             skipped.append((path, reading.problem))
         else:
             rows.append({"patientId": patient_id, **reading.value})
-    cli.warn("left out, not readable as DICOM", [f"{path} ({reason})" for path, reason in skipped])
+    cli.warn("files are left out", [f"{path} {reason}" for path, reason in skipped])
     internal_errors = sum(reason == INTERNAL_ERROR for _, reason in skipped)
     if internal_errors and not rows:
         raise cli.InternalError(f"no header in {folder} could be read")
@@ -101,9 +101,9 @@ def drop_boxes_outside(table: pd.DataFrame) -> pd.DataFrame:
     outside = (right <= 0) | (bottom <= 0) | (table["x"] >= columns) | (table["y"] >= rows)
     beyond = (table["x"] < 0) | (table["y"] < 0) | (right > columns) | (bottom > rows)
     cli.warn("boxes lie outside their image and are dropped, as are images left without a box",
-         table["patientId"][outside])
+             table["patientId"][outside])
     cli.warn("boxes reach beyond their image and are clipped in training",
-         table["patientId"][beyond & ~outside])
+             table["patientId"][beyond & ~outside])
     return table[~outside]
 
 

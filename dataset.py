@@ -158,7 +158,7 @@ def load_parts(labelled: Labelled, parts: Mapping[str, list[str]], *, rescale_fa
                                rescale_factor=rescale_factor, workers=workers)
     warn("images have remarks", [f"{path} {note}" for path, note in dataset.notes])
     warn("images cannot be read and are left out",
-         [f"{path}: {problem}" for path, problem in dataset.skipped])
+         [f"{path} {problem}" for path, problem in dataset.skipped])
     index_of = {patient_id: index for index, patient_id in enumerate(dataset.patient_ids)}
     return dataset, {name: [index_of[key] for key in ids if key in index_of]
                      for name, ids in parts.items()}

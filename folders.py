@@ -93,7 +93,7 @@ def find_radiographs(
         else:
             found.append(source)
     if not found and not skipped:
-        raise InputError(f"{', '.join(map(str, sources))} holds no files: give another with --data")
+        raise InputError(f"no files in {', '.join(map(str, sources))}: give another with --data")
     skipped = list(dict.fromkeys(skipped))  # sources may overlap
     folders = [source if source.is_dir() else source.parent for source in sources]
     if len(folders) == 1:
@@ -111,8 +111,8 @@ def _search_radiographs(folder, leave_out):
         else:
             others.append((path, reason))
     if images and any(_refusal(path, shared=True) is None for path in found):
-        print(f"{len(images)} PNG, JPEG or TIFF files are not read, because {folder} holds "
-              "DICOM files")
+        print(f"{folder} holds DICOM files, so its PNG, JPEG and TIFF files are not read "
+              f"({len(images)})")
         return found, others
     return found + images, others
 
@@ -151,14 +151,14 @@ def refuse_mixture(folder: Path, files: Collection) -> None:
         return  # not a folder of sample_data.py
     if len(files) > expected:
         raise InputError(
-            f"{folder} holds {len(files)} files, sample_data.py made {expected}: phantoms and "
+            f"{folder} holds {len(files)} files, but sample_data.py made {expected}: phantoms and "
             "radiographs are mixed; give each a folder of its own, named by TRAINML_DATA_PATH")
 
 
 def _walk(folder, leave_out, skipped):
     """Yields paths of files, searching each real folder once; adds unusable ones to `skipped`."""
     def unreadable(error: OSError) -> None:
-        skipped.append((Path(error.filename), error.strerror))
+        skipped.append((Path(error.filename), reason_of(error)))
 
     seen = {os.path.realpath(path) for path in leave_out} - {os.path.realpath(folder)}
     for root, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):

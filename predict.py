@@ -125,11 +125,11 @@ class Results:
     def report(self, output: Path, pictures: str | None) -> None:
         """Writes report.html and prints what was found, left out and, with labels, scored."""
         cli.warn("images have remarks", self.notes)
-        cli.warn("files are skipped, see skipped.csv",
+        cli.warn("files are skipped and listed in skipped.csv",
                  [f"{path} {reason}" for path, reason in self.skipped])
         found = sum(bool(boxes) for boxes in self.annotations.values())
-        summary = (f"{len(self.annotations)} images predicted, {found} with opacities; "
-                   f"{len(self.skipped)} files skipped")
+        summary = (f"images predicted: {len(self.annotations)}, with opacities: {found}; "
+                   f"files skipped: {len(self.skipped)}")
         lines, plots = [], []
         if self.scores:
             evaluation = self._evaluation()
@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     leave_out = [path for source in sources for path in result_paths(output, source)]
     files, skipped = parallel.once(partial(find_radiographs, sources, leave_out), runtime)
     source = args.data[0] if len(args.data) == 1 else f"the {len(args.data)} paths given"
-    print(f"{len(files)} files in {source}; {runtime.device.type}, {runtime.dtype}; {thresholds}")
+    print(f"files in {source}: {len(files)}; {runtime.device.type}, {runtime.dtype}; {thresholds}")
 
     # predictions and pictures
     results = Results(files, skipped if runtime.rank == 0 else [], labels, thresholds)

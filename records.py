@@ -168,7 +168,7 @@ def _compare_split(path, rows):
     with open(path, newline="", encoding="utf-8") as file:
         before = dict(csv.reader(file))
     cli.warn("images are new or have moved to another part, because the data have changed since "
-             "the run began: its scores may include images it was trained on",
+             "the run began, so its scores may include images it was trained on",
              [patient_id for patient_id, name in rows if before.get(patient_id) != name])
 
 

@@ -190,11 +190,11 @@ def test_a_table_is_written_with_quotes_where_they_are_needed(tmp_path):
 
 
 @pytest.mark.parametrize("items, line", [
-    ([], ""), ([Path("a")], "warning: 1 are odd: a\n"),
-    (iter(range(5)), "warning: 5 are odd: 0, 1, 2, 3, 4\n"),
-    (range(7), "warning: 7 are odd: 0, 1, 2, 3, 4 and 2 more\n")])
+    ([], ""), ([Path("a")], "warning: files are odd (1): a\n"),
+    (iter(range(5)), "warning: files are odd (5): 0, 1, 2, 3, 4\n"),
+    (range(7), "warning: files are odd (7): 0, 1, 2, 3, 4 and 2 more\n")])
 def test_a_warning_counts_all_and_names_the_first(capsys, items, line):
-    cli.warn("are odd", items)
+    cli.warn("files are odd", items)
     assert capsys.readouterr().out == line
 
 

@@ -265,7 +265,7 @@ def test_an_unreadable_image_is_left_out_of_its_part(images, train_csv, tmp_path
     dataset, parts = load(tmp_path, train_csv, tmp_path / "output")
     assert path.stem not in dataset.patient_ids
     assert sorted(parts["training"] + parts["validation"]) == list(range(39))
-    assert f"1 images cannot be read and are left out: {tmp_path / path.name}: is not a DICOM" in (
+    assert f"images cannot be read and are left out (1): {tmp_path / path.name} is not a DICOM" in (
         capsys.readouterr().out)
 
 

@@ -120,6 +120,29 @@ def test_folders_of_results_are_left_out(tmp_path):
     assert find(tmp_path, tmp_path)[0].keys() == {"a", "b"}
 
 
+def test_a_folder_that_cannot_be_listed_is_skipped_with_the_reason(tmp_path, monkeypatch):
+    touch(tmp_path / "a.dcm")
+    touch(tmp_path / "locked" / "b.dcm")
+
+    def refuse(path, scandir=os.scandir):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+    monkeypatch.setattr("os.scandir", refuse)
+    assert find(tmp_path) == ({"a": "a.dcm"}, {"locked": "cannot be opened: Permission denied"})
+
+
+def test_files_of_a_folder_that_may_be_listed_but_not_entered_are_skipped(tmp_path, monkeypatch):
+    touch(tmp_path / "a.dcm")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr("os.stat", refuse)
+    monkeypatch.setattr("os.lstat", refuse)
+    monkeypatch.setattr("folders._walk", lambda *_: [tmp_path / "a.dcm"])
+    assert find(tmp_path) == ({}, {"a.dcm": "cannot be opened: Permission denied"})
+
+
 # Phantoms and radiographs
 
 
@@ -138,7 +161,7 @@ def check(folder):
 
 def test_phantoms_with_other_files_among_them_are_refused(made):
     touch(made / "stage_2_train_images" / "c.dcm")
-    with pytest.raises(InputError, match="holds 3 files, sample_data.py made 2: .* are mixed"):
+    with pytest.raises(InputError, match="holds 3 files, but sample_data.py made 2: .* are mixed"):
         check(made / "stage_2_train_images")
 
 
@@ -181,7 +204,7 @@ def formats(tmp_path, write_dicom):
 def test_images_beside_dicom_files_are_counted_and_not_read(formats, capsys):
     files, skipped = find_radiographs([formats / "mixed"])
     assert (files.keys(), skipped) == ({"a"}, [])
-    assert "2 PNG, JPEG or TIFF files are not read, because" in capsys.readouterr().out
+    assert "so its PNG, JPEG and TIFF files are not read (2)" in capsys.readouterr().out
 
 
 def test_images_in_a_folder_without_dicom_files_are_read(formats):
@@ -199,17 +222,6 @@ def test_a_file_that_cannot_be_opened_does_not_end_the_search(formats, monkeypat
     monkeypatch.setattr("folders.is_dicom", refuse)
     files, _ = find_radiographs([formats / "images"])
     assert {"png", "jpg"} < files.keys()
-
-
-def test_files_of_a_folder_that_may_be_listed_but_not_entered_are_skipped(tmp_path, monkeypatch):
-    touch(tmp_path / "a.dcm")
-
-    def refuse(*_, **__):
-        raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr("os.stat", refuse)
-    monkeypatch.setattr("os.lstat", refuse)
-    monkeypatch.setattr("folders._walk", lambda *_: [tmp_path / "a.dcm"])
-    assert find(tmp_path) == ({}, {"a.dcm": "cannot be opened: Permission denied"})
 
 
 def test_files_that_are_named_are_read(formats):
@@ -252,5 +264,5 @@ def test_pictures_of_an_earlier_run_are_not_searched(formats):
 
 
 def test_a_folder_without_files_is_refused(tmp_path):
-    with pytest.raises(InputError, match=f"{tmp_path} holds no files: give another with --data"):
+    with pytest.raises(InputError, match=f"no files in {tmp_path}: give another with --data"):
         find_radiographs([tmp_path])

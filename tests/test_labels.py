@@ -48,7 +48,7 @@ def test_exact_repeats_of_a_row_are_dropped_and_counted(path, capsys):
     expected = read_boxes(path)
     path.write_text(LABELS + "a,1.0,2,3,4,1\nb,,,,,0\n")
     pd.testing.assert_frame_equal(read_boxes(path), expected)
-    assert f"2 rows of {path} repeat others and are dropped: a, b" in capsys.readouterr().out
+    assert f"rows of {path} repeat others and are dropped (2): a, b" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rows", [slice(1, None), slice(2, 3), slice(0, None)])

@@ -81,7 +81,7 @@ def test_every_prediction_has_its_picture(mixed):
 
 def test_the_last_line_counts_predictions_and_skipped_files(mixed):
     *_, output, line = mixed
-    assert line == ("4 images predicted, 4 with opacities; 2 files skipped; "
+    assert line == ("images predicted: 4, with opacities: 4; files skipped: 2; "
                     f"see {output / 'report.html'}")
 
 
@@ -345,7 +345,7 @@ def test_labels_without_an_image_are_named(tmp_path, phantoms, checkpoint, capsy
     (tmp_path / "labels.csv").write_text(text)
     run(phantoms / "stage_2_test_images", checkpoint, tmp_path / "output", "--no-save-images",
         "--labels", tmp_path / "labels.csv")
-    assert "1 ids of the labels have no image that can be read: elsewhere" in (
+    assert "ids of the labels have no image that can be read (1): elsewhere" in (
         capsys.readouterr().out)
 
 
@@ -358,7 +358,7 @@ def test_images_without_a_label_are_predicted_and_named(tmp_path, phantoms, chec
         "--labels", tmp_path / "labels.csv")
     out = capsys.readouterr().out
     assert len(read_annotations(tmp_path / "output")) == 4
-    assert f"1 images have no label and are not scored: {left_out}" in out
+    assert f"images have no label and are not scored (1): {left_out}" in out
     assert "bootstrap over 3 images" in out
 
 

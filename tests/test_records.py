@@ -60,7 +60,7 @@ def test_a_run_that_continues_with_other_data_tells_which_images_changed_their_p
     begin(tmp_path, BEFORE)
     begin(tmp_path, {"training": [0, 2, 3], "validation": [1]}, history=[{}])
     told = capsys.readouterr().out
-    assert told.startswith("warning: 3 images are new") and told.endswith(": c, d, b\n")
+    assert told.startswith("warning: images are new") and told.endswith(" (3): c, d, b\n")
 
 
 def test_metrics_without_a_value_are_null_since_json_has_no_nan(tmp_path):

@@ -310,7 +310,7 @@ def test_nothing_to_predict_is_status_1(tmp_path, checkpoint):
     done = run("predict.py", "--data", tmp_path, "--model", checkpoint,
                "--output", tmp_path / "output")
     assert done.returncode == 1 and not done.stderr
-    assert "0 images predicted" in done.stdout.splitlines()[-1]
+    assert "images predicted: 0" in done.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize("batch_size, message", [
@@ -394,7 +394,7 @@ def test_prediction_stops_with_its_readers(phantoms, checkpoint, tmp_path, signu
     output = tmp_path / "output"
     process = start("predict.py", "--data", tmp_path / "data", "--model", checkpoint,
                     "--output", output, "--workers", 3)
-    assert process.stdout.readline().startswith("5000 files")
+    assert process.stdout.readline().startswith(f"files in {tmp_path / 'data'}: 5000;")
     while not list(output.glob("images/*.png")):
         time.sleep(0.1)
     assert len(processes_of(process.pid)) == 4
@@ -525,11 +525,12 @@ def run_in_container(output, script, *flags):
 @pytest.mark.parametrize("script", ["data_processing.py", "predict.py"])
 def test_files_are_read_in_a_read_only_container(phantoms, checkpoint, tmp_path, script):
     images = phantoms / "stage_2_test_images"
-    flags = {"data_processing.py": ["--type", "prediction", "--images", images],
-             "predict.py": ["--data", images, "--model", checkpoint]}[script]
+    flags, count = {
+        "data_processing.py": (["--type", "prediction", "--images", images], "4 images"),
+        "predict.py": (["--data", images, "--model", checkpoint], "images predicted: 4")}[script]
     done = run_in_container(tmp_path, script, *flags, "--output", tmp_path)
     assert done.returncode == 0 and not done.stderr
-    assert "4 images" in done.stdout.splitlines()[-1]
+    assert count in done.stdout.splitlines()[-1]
 
 
 def test_training_without_a_temporary_folder_says_what_to_set(train_flags, tmp_path):
