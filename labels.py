@@ -64,7 +64,7 @@ def read_table(path: Path, columns: list[str], optional: tuple[str, ...] = ()) -
     table = table.loc[:, ~table.columns.duplicated()]
     table = table.reindex(columns=[*columns, *optional], fill_value="")
     refuse_row(table["patientId"] == "", table, "patientId", path, "is empty")
-    for column in set(BOX_COLUMNS + ["Target"]) & set(columns):
+    for column in [name for name in columns if name in (*BOX_COLUMNS, "Target")]:
         numbers = pd.to_numeric(table[column], errors="coerce")
         wrong = (table[column] != "") & ~numbers.abs().lt(float("inf"))
         refuse_row(wrong, table, column, path, "is not a finite number")

@@ -23,6 +23,7 @@ def path(tmp_path):
     ("a,5,1,2,2,1", "a,5,1,2,0,1", "line 3: height '0.0' is not above 0"),
     ("a,5,1,2,2,1", "a,five,1,2,2,1", "line 3: x 'five' is not a finite number"),
     ("a,5,1,2,2,1", "a,inf,1,2,2,1", "line 3: x 'inf' is not a finite number"),
+    ("a,5,1,2,2,1", "a,five,1,2,two,one", "line 3: x 'five' is not a finite number"),
     ("b,,,,,0", "b,,,,,2", "line 4: Target '2' is neither 0 nor 1"),
     ("b,,,,,0", ",,,,,0", "line 4: patientId '' is empty"),
     ("width", "breadth", "has no column width"),
