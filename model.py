@@ -98,7 +98,7 @@ class PneumoniaUNET(nn.Module):
         side, smallest = IMAGE_SIDE // rescale_factor, FEWEST_PATCHES * self.patch_size
         if side < smallest:
             raise InputError(
-                f"--rescale-factor {rescale_factor} makes images of {side} pixels a side, the "
+                f"--rescale-factor {rescale_factor} makes images of {side} pixels a side, but the "
                 f"checkpoint's network takes {smallest} and more: give {IMAGE_SIDE // smallest} or "
                 "less")
         if side == smallest and batch_size == 1:
