@@ -1,6 +1,6 @@
-"""Passes of a network over a data set: one epoch of training, one evaluation, and what is drawn.
+"""The state of a training run, and passes over its images: an epoch, an evaluation, what is drawn.
 
-The processes of a run (parallel.py) share the first two; what is drawn is left to one of them.
+The processes of a run (parallel.py) share epochs and evaluations; one of them draws.
 """
 
 import math
@@ -59,7 +59,7 @@ class Training:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the state and the history in a last.pth.tar."""
         self.history = state["history"]
-        # a run keeps the form it began with where it can; scaled gradients need the optimizer's own
+        # a run keeps the form it began with where it can; with a scaler, the one built here
         for group in state["optimizer"]["param_groups"]:
             if group.get("fused") or self.scaler.is_enabled():
                 group["fused"] = self.optimizer.defaults.get("fused")

@@ -47,8 +47,8 @@ class Records:
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
-        """If the run was stopped, prints how to continue it, at once, since torchrun may stop this
-        process meanwhile; closes the logs."""
+        """If the run was stopped, first prints how to continue it, since torchrun may kill this
+        process while it closes the logs."""
         last = self.folder / "last.pth.tar"
         was_stopped = kind is not None and issubclass(kind, (KeyboardInterrupt, RuntimeError))
         if was_stopped and self.history and last.exists():
@@ -109,8 +109,8 @@ class Records:
                 f"validation/{overlay.patient_id}", picture, epoch, dataformats="HWC")
 
     def save_epoch(self, thresholds: Thresholds) -> None:
-        """Writes last.pth.tar, from which a run continues exactly, a best file if the last epoch of
-        the history is the best yet, and curves.png."""
+        """Writes last.pth.tar, from which a run continues exactly, curves.png, and a best file if
+        the last epoch of the history is the best yet or there is no such file."""
         best = {"loss.best": min(self.history, key=lambda scores: scores["loss"]),
                 "prec.best": max(reversed(self.history), key=lambda scores: scores["rsna"])}
         for name, scores in best.items():
@@ -193,5 +193,5 @@ def check_disk(folder: Path, model: torch.nn.Module) -> None:
     needed = 9 * sum(value.nbytes for value in model.state_dict().values())
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise cli.InputError(f"{folder} has {free / 1e6:.0f} MB left, a run needs "
+        raise cli.InputError(f"{folder} has {free / 1e6:.0f} MB left, but a run needs "
                              f"{needed / 1e6:.0f}: free some, or give another folder with --save")

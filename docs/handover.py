@@ -61,7 +61,7 @@ def score(masks, dataset):
 def score_model(path, ids, data, labels, runtime):
     """Scored of a checkpoint on images of a folder; all that the labels name if ids is None."""
     model, state = load_checkpoint(path, runtime.device)
-    files, boxes = find_dicom_files(data)[0], read_labels(labels)[0]
+    files, boxes = find_dicom_files(data)[0], read_labels(labels).boxes
     files = {key: files[key] for key in ids or sorted(boxes)}
     dataset = PneumoniaDataset(files, boxes, workers=2, rescale_factor=state["rescale_factor"])
     masks = masks_of(model, dataset, runtime)

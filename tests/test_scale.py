@@ -119,6 +119,9 @@ def test_a_machine_does_not_open_the_data_set_of_another(monkeypatch):
     assert parallel.once(lambda: "here", second) == "here"
 
 
+# Joining
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
