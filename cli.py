@@ -216,7 +216,7 @@ def _explain(error):
     if isinstance(error, (InputError, InternalError)):
         return error.status, text
     if "No usable temporary directory" in text:
-        return 2, "no temporary folder can be written to: set TMPDIR to one"
+        return 2, "no temporary folder is writable: set TMPDIR to one that is"
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         path = error.filename or "output"
         return 1, f"{error.strerror}: {path}; what was written before is intact"

@@ -173,7 +173,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output", default=cli.default_path("TRAINML_OUTPUT_PATH"),
         help="folder for the results (default: %(default)s)")
     add("--labels",
-        help="train.csv or label table of these images: draws and scores the truth, too")
+        help="train.csv or label table of these images: adds scores and true boxes")
     add("--save-images", default=True, action=cli.Switch,
         help="write annotated PNG images (default: on)")
     add = parser.add_argument_group("what is marked and drawn").add_argument

@@ -63,7 +63,7 @@ class Records:
         files beside its checkpoint, and warns of images that were in another part before."""
         final = self.folder / "final.pth.tar"
         if final.exists():
-            print(f"{final} is from before this run, which replaces it at its end")
+            print(f"{final} is from an earlier run and will be replaced when this one ends")
         rows = [(dataset.patient_ids[index], name)
                 for name, part in parts.items() for index in part]
         if self.history:

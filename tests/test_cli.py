@@ -247,7 +247,7 @@ def end(capsys, monkeypatch):
     (cli.InputError("x is missing: give it with --x"), 2, "error: x is missing: give it with --x"),
     (cli.InternalError("nothing could be read"), 1, "error: nothing could be read"),
     (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), 2,
-     "error: no temporary folder can be written to: set TMPDIR to one"),
+     "error: no temporary folder is writable: set TMPDIR to one that is"),
     (OSError(28, "No space left on device", "a.tar"), 1,
      "error: No space left on device: a.tar; what was written before is intact"),
     (MemoryError("Unable to allocate 9 GiB"), 1,

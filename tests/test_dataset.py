@@ -139,7 +139,7 @@ def test_without_a_temporary_folder_a_line_says_what_to_set(tmp_path, monkeypatc
     with pytest.raises(OSError) as error:
         ds.PneumoniaDataset({"a": tmp_path / "a.dcm"}, {"a": ()})
     status, message = cli._explain(error.value)
-    assert status == 2 and message.endswith("set TMPDIR to one")
+    assert status == 2 and message.endswith("set TMPDIR to one that is")
 
 
 def test_the_cache_does_without_posix_fallocate(twenty, monkeypatch):

@@ -484,7 +484,7 @@ def run_on_tmpfs(options, folder, script, *flags):
 
 @pytest.mark.parametrize("options, script, status, message", [
     ("size=300k", "predict.py", 1, "No space left on device"),
-    ("size=20m", "train.py", 2, "output has 21 MB left, a run needs"),
+    ("size=20m", "train.py", 2, "output has 21 MB left, but a run needs"),
     ("ro", "predict.py", 2,
      "cannot write to .*output.*Read-only file system.*--output.*TRAINML_OUTPUT_PATH"),
 ])
@@ -540,6 +540,36 @@ def test_training_without_a_temporary_folder_says_what_to_set(train_flags, tmp_p
     assert done.returncode == 2 and "set TMPDIR" in only_line(done.stderr)
 
 
+WRITER = """
+import itertools, sys
+from cli import atomic_write
+print("ready", flush=True)
+for number in itertools.count():
+    with atomic_write(sys.argv[1]) as file:
+        for _ in range(64):
+            file.write(bytes([number % 256]) * 2**16)
+"""
+
+
+def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path):
+    path, size, rng, caught = tmp_path / "file", 64 * 2**16, random.Random(6), 0
+    path.write_bytes(bytes(size))
+    for _ in range(20):
+        process = subprocess.Popen(command("-c", WRITER, path), cwd=ROOT, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.communicate()
+        content = path.read_bytes()
+        assert content == content[:1] * size
+        caught += len(list(tmp_path.glob(".*"))) > caught
+    print(f"20 kills, {caught} of them in the middle of a file")
+    assert caught
+
+
+# Names that the locale cannot spell
+
+
 @pytest.fixture(params=[
     {"LANG": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
 def foreign_locale(request):
@@ -576,30 +606,3 @@ def test_files_with_names_that_the_locale_cannot_spell_are_predicted(
     assert done.returncode == 0 and not done.stderr
     assert json.loads((output / "annotations.json").read_text("utf-8")).keys() == set(IDS)
     assert sorted(path.stem for path in (output / "images").iterdir()) == sorted(IDS)
-
-
-WRITER = """
-import itertools, sys
-from cli import atomic_write
-print("ready", flush=True)
-for number in itertools.count():
-    with atomic_write(sys.argv[1]) as file:
-        for _ in range(64):
-            file.write(bytes([number % 256]) * 2**16)
-"""
-
-
-def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path):
-    path, size, rng, caught = tmp_path / "file", 64 * 2**16, random.Random(6), 0
-    path.write_bytes(bytes(size))
-    for _ in range(20):
-        process = subprocess.Popen(command("-c", WRITER, path), cwd=ROOT, stdout=subprocess.PIPE)
-        process.stdout.readline()
-        time.sleep(rng.uniform(0, 0.1))
-        process.kill()
-        process.communicate()
-        content = path.read_bytes()
-        assert content == content[:1] * size
-        caught += len(list(tmp_path.glob(".*"))) > caught
-    print(f"20 kills, {caught} of them in the middle of a file")
-    assert caught

@@ -169,7 +169,7 @@ def test_a_run_says_that_the_final_file_in_its_folder_is_of_another(scratch, sta
     final.touch()
     monkeypatch.setattr(train, "train_one_epoch", interrupt)
     _, lines = start(scratch)
-    assert f"{final} is from before this run, which replaces it at its end" in lines
+    assert f"{final} is from an earlier run and will be replaced when this one ends" in lines
 
 
 def test_a_run_stopped_before_its_first_epoch_does_not_offer_the_file_of_another(
@@ -266,7 +266,7 @@ def test_an_internal_error_leaves_out_its_image_and_ends_with_status_1(
                        "--save", str(tmp_path), *SMALL]) == 1
     output = capfd.readouterr()
     assert output.err.count("Traceback") == 1
-    assert f"{broken}: was not read because of an internal error" in output.out
+    assert f"{broken} was not read because of an internal error" in output.out
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["skipped_images"] == 1
     assert metrics["training_images"] + metrics["validation_images"] == 39
