@@ -35,8 +35,7 @@ def join(runtime: Runtime) -> Runtime:
     if device.type == "cuda":
         processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if processes > gpus:
-            raise InputError(f"{processes} processes need a GPU each, and this machine has {gpus}: "
-                             "lower --nproc-per-node")
+            raise InputError(f"processes: {processes}, GPUs: {gpus}; lower --nproc-per-node")
         device, backend = torch.device("cuda", _local_rank()), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     # while it waits for the others, a handler of Python would not be called

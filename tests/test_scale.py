@@ -126,7 +126,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(parallel.InputError, match="2 processes need a GPU each.*has 1: lower"):
+    with pytest.raises(parallel.InputError, match="processes: 2, GPUs: 1; lower --nproc"):
         parallel.join(CPU._replace(device=torch.device("cuda")))
 
 
