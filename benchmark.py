@@ -269,6 +269,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     runtime = choose_runtime(args.device, args.precision)
     data = cli.require(args.data, "folder", variable="TRAINML_DATA_PATH",
                        flag="--data (python sample_data.py makes one)")
+    if args.json:
+        cli.require(Path(args.json).parent, "output", flag="--json")
     files = list(find_dicom_files(data)[0].values())
     if not files:
         raise cli.InputError(f"no file in {data}: give the folder of the images with --data")

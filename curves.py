@@ -29,7 +29,7 @@ def draw_history(folder: Path, history: Sequence[dict[str, float]]) -> None:
             values = [scores.get(name, math.nan) for scores in history]
             axes.plot(epochs, values, marker=".", label=label)
         axes.set(title=title, xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.legend()
     _save(figure, folder / "curves.png")
 

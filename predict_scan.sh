@@ -8,7 +8,7 @@
 set -eu
 
 fail() {
-  echo "predict_scan.sh: error: $*" >&2
+  printf 'predict_scan.sh: error: %s\n' "$*" >&2
   exit 1
 }
 
@@ -35,6 +35,7 @@ for part in (answer, *answer.values()):
 answer=$(mktemp)
 picture=annotated_image.png.part
 trap 'rm -f "$answer" "$picture"' EXIT
+(: >"$picture") 2>/dev/null || fail "cannot write to $PWD"
 name=${file##*/}
 case ${name##*.} in *[!0-9]*) stem=${name%.*} ;; *) stem=$name ;; esac  # .123 is part of a UID
 id=$(printf %s "$stem" | sed 's/[\\"]/\\&/g')

@@ -350,8 +350,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    remove_earlier(Path(args.output))
     folder = cli.require(args.output, "output", flag="--output", variable="TRAINML_DATA_PATH")
+    remove_earlier(folder)
     made = {"train": args.train, "test": args.test, "seed": args.seed}
     cli.write_text(folder / MARKER, json.dumps(made))
     patients = write_images(folder / TRAIN_IMAGES, args.train, seed=args.seed, split=0)

@@ -28,7 +28,8 @@ def table_line(name, runs, reference):
     gain = "-"
     if runs is not reference and len(gains) > 1:
         gain = f"{np.mean(gains):+.4f} +- {np.std(gains, ddof=1) / len(gains) ** 0.5:.4f}"
-    aucs = [f"{np.mean([run[figure] for run in runs.values()]):.3f}" for figure in FIGURES]
+    table = np.array([[run[figure] for figure in FIGURES] for run in runs.values()], float)
+    aucs = [f"{auc:.3f}" for auc in table.mean(0)]  # nan if undefined (None) in a run
     epoch = np.mean([run["seconds"]["train"] / len(run["history"]) for run in runs.values()])
     each = ", ".join(f"{scores[key]:.3f}" for key in sorted(scores, key=lambda key: key[::-1]))
     cells = [name, f"{np.mean(list(scores.values())):.4f}", each, gain, *aucs, f"{epoch:.0f}"]

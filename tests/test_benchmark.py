@@ -94,6 +94,12 @@ def test_missing_data_are_named_with_the_script_that_makes_some(tmp_path):
         benchmark.main(["--data", str(tmp_path / "none")])
 
 
+def test_a_file_of_figures_that_cannot_be_written_is_refused_before_the_work(data, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write to .*file .*--json"):
+        benchmark.main(["--data", str(data), "--json", str(tmp_path / "file" / "figures.json")])
+
+
 def test_a_folder_without_a_file_is_refused(tmp_path):
     with pytest.raises(InputError, match="no file"):
         benchmark.main(["--data", str(tmp_path)])

@@ -124,6 +124,15 @@ def test_names_with_markup_are_text(page, radiographs):
     assert not page.locator("#results img").count()
 
 
+def test_an_answer_that_is_cut_off_fails_and_the_next_file_is_sent(page, radiographs):
+    answers = [{"status": 200, "body": '{"one": {"anno'}] * 5
+    page.route("**/predict", lambda route: route.fulfill(**answers.pop()) if answers
+               else route.continue_())
+    drop(page, {f"{number}.dcm": radiographs["one.dcm"] for number in range(6)})
+    sync_api.expect(page.get_by_role("status")).to_have_text("1 done, 5 failed")
+    assert page.locator(".problem", has_text="got no answer: HTTP status 200").count() == 5
+
+
 def test_the_page_works_by_keyboard(page, radiographs):
     file = {"name": "one.dcm", "mimeType": "", "buffer": radiographs["one.dcm"]}
     page.on("filechooser", lambda chooser: chooser.set_files(file))

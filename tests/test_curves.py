@@ -49,6 +49,13 @@ def test_curves_hold_the_history(tmp_path, figure):
     assert math.isnan(first) and second == 0.001
 
 
+def test_a_single_epoch_has_no_fractions_of_an_epoch_on_its_axis(tmp_path, figure):
+    curves.draw_history(tmp_path, [EPOCH])
+    axes = figure[0].axes[0]
+    left, right = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if left <= tick <= right] == [1]
+
+
 def test_scores_are_drawn_over_both_thresholds_with_those_in_use(tmp_path, figure):
     thresholds = Thresholds(0.55, 0.5)
     curves.draw_scores(tmp_path, evaluation([False, True, True]), thresholds)

@@ -429,3 +429,16 @@ def test_a_scan_that_fails_says_why_in_one_line_and_leaves_no_file(
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith(f"predict_scan.sh: error: {reason}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "text.txt"]
+
+
+@linux
+def test_a_scan_in_a_folder_that_is_read_only_says_so(server, radiograph, tmp_path):
+    (tmp_path / "a.dcm").write_bytes(radiograph)
+    done = scan(Path("/proc"), server.url, tmp_path / "a.dcm")
+    assert (done.returncode, done.stderr) == (
+        1, "predict_scan.sh: error: cannot write to /proc\n")
+
+
+def test_a_backslash_in_the_name_of_a_scan_is_printed_as_it_is(tmp_path):
+    done = scan(tmp_path, "http://127.0.0.1:1", r"a\tb.dcm")
+    assert done.stderr == "predict_scan.sh: error: a\\tb.dcm is not a file that can be read\n"

@@ -2,6 +2,7 @@
 not make."""
 
 import _multiprocessing
+import tempfile
 import uuid
 
 import numpy as np
@@ -190,6 +191,18 @@ def test_refuses_a_link_to_other_data(tmp_path):
     (output / "stage_2_test_images").symlink_to(tmp_path)
     with pytest.raises(InputError, match="stage_2_test_images"):
         sample_data.main(["--output", str(output)])
+
+
+def test_a_folder_that_is_read_only_is_refused_and_keeps_its_data(tmp_path, monkeypatch):
+    sample_data.main([*TWO, str(tmp_path)])
+    before = contents(tmp_path)
+
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(InputError, match="cannot write to .*Permission denied.*--output"):
+        sample_data.main([*TWO, str(tmp_path)])
+    assert contents(tmp_path) == before
 
 
 def test_says_what_it_made_and_what_comes_next(tmp_path, capsys):
