@@ -283,18 +283,11 @@ def build_thresholds(args: argparse.Namespace) -> Thresholds:
 
 
 def check_paths(args: argparse.Namespace) -> Path:
-    """The folder --save, which must be writable, with a name in UTF-8; the other paths must
-    exist."""
+    """The folder --save, which must be writable; the other paths must exist."""
     cli.require(args.data, "folder", flag="--data", variable="TRAINML_DATA_PATH")
     cli.require(args.labels, "file", variable="TRAINML_MODEL_PATH",
                 flag="--labels (python data_processing.py writes one)")
-    save = cli.require(args.save, "output", flag="--save", variable="TRAINML_OUTPUT_PATH")
-    try:
-        str(save).encode()
-    except UnicodeEncodeError:
-        raise cli.InputError(f"{save} is not UTF-8 text, which TensorBoard needs: give another "
-                             "folder with --save, or set TRAINML_OUTPUT_PATH") from None
-    return save
+    return cli.require(args.save, "output", flag="--save", variable="TRAINML_OUTPUT_PATH")
 
 
 # The story of a run
