@@ -41,7 +41,7 @@ def result_paths(output: Path, data: Path) -> list[Path]:
     output, data = output.resolve(), data.resolve()
     if data in output.parents:
         return [output]
-    folders = [output / name for name in PICTURES if output / name not in (data, *data.parents)]
+    folders = [output / name for name in PICTURES] if data == output else []
     pictures = [path for folder in folders for path in folder.rglob("*.png")]
     return [output / name for name in RESULTS] + pictures
 

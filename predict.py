@@ -10,6 +10,7 @@ folder of a training run it would replace that run's report.html.
 
 import argparse
 import json
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -60,7 +61,8 @@ def picture_folder(output: Path, files: dict[str, Path]) -> Path:
     """Where the pictures of `files` go; raises InputError if one would replace a file."""
     folder = output / "images"
     for patient_id, path in files.items():
-        if path.resolve() == picture_path(folder, patient_id).resolve():
+        picture = picture_path(folder, patient_id)
+        if os.path.exists(picture) and os.path.samefile(picture, path):
             raise cli.InputError(f"{path} would be replaced by its picture: give another folder "
                                  "with --output, or --no-save-images")
     return folder
