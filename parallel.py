@@ -59,6 +59,8 @@ def _local_rank():
 
 def once(make: Callable[[], Any], runtime: Runtime) -> Any:
     """Calls `make` in one process of each machine and returns its result in all of them."""
+    if runtime.world == 1:
+        return make()
     made = make() if _local_rank() == 0 else None
     pickles = gather([pickle.dumps(made)], runtime)  # those of other machines stay closed
     return pickle.loads(pickles[runtime.rank - _local_rank()]) if made is None else made
