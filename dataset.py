@@ -14,11 +14,15 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from cli import IMAGE_SIDE, InputError, InternalError, progress, warn
-from dicom import load_and_prepare_image  # noqa: F401, the reader is expected here
-from folders import find_dicom_files, result_paths
-from labels import read_labels
+from data_processing import read_labels
 from metrics import rescale_boxes
-from readers import INTERNAL_ERROR, read_images
+from radiographs import (
+    INTERNAL_ERROR,
+    find_dicom_files,
+    load_and_prepare_image,  # noqa: F401, the reader is expected here
+    read_images,
+    result_paths,
+)
 
 VALIDATION_SHARE = 0.1
 FEWEST = 10  # images of each class that a run needs

@@ -22,12 +22,17 @@ from threading import Lock
 import torch
 
 import cli
-from dicom import Radiograph, UnreadableImage
-from drawing import IMAGE_SIZE, draw_overlay, encode_png, make_overlay
-from folders import patient_id_of
 from metrics import Thresholds, prediction_string
 from model import choose_runtime, load_checkpoint
-from readers import INTERNAL_ERROR, ReaderPool, read_image
+from radiographs import (
+    INTERNAL_ERROR,
+    Radiograph,
+    ReaderPool,
+    UnreadableImage,
+    patient_id_of,
+    read_image,
+)
+from results import IMAGE_SIZE, draw_overlay, encode_png, make_overlay
 
 MAX_BODY = 48 * 2**20  # bytes; 4280 x 3520 pixels of 16 bits take 40 MB as base64
 MAX_REQUESTS = 16  # at once, waiting ones included

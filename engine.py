@@ -4,8 +4,7 @@ The processes of a run (parallel.py) share epochs and evaluations; one of them d
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from itertools import repeat
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,15 +16,11 @@ from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 import cli
 import parallel
 from dataset import Augmentation, PneumoniaDataset
-from dicom import Radiograph
-from drawing import IMAGE_SIZE, Overlay, make_overlay
-from metrics import Evaluation, Thresholds, image_confidence, score_mask
+from metrics import Evaluation, image_confidence, score_mask
 from model import PneumoniaUNET, Runtime
-from readers import Reading, read_images
 
 POSITIVE_WEIGHT = 2  # how much more often an image with opacities is drawn in training
 CHECK_STEPS = 20  # between checks of the loss, each of which waits for the GPU
-DRAWN_TOGETHER = 16  # images in a batch of overlays
 RANK_SEED = 1009  # difference between the augmentation seeds of neighbouring ranks
 STATEFUL = ("optimizer", "scheduler", "scaler")  # what last.pth.tar adds to the model
 
@@ -170,23 +165,3 @@ def evaluate(model: nn.Module, dataset: PneumoniaDataset, indices: Sequence[int]
     views = np.array([dataset.views[index] for index in indices])
     return Evaluation(float(np.mean(losses)), np.array(confidences), positive, views,
                       np.array(scores))
-
-
-def overlays(model: nn.Module, dataset: PneumoniaDataset, indices: Sequence[int],
-             runtime: Runtime, thresholds: Thresholds, *, image_size: int | None = IMAGE_SIZE,
-             workers: int = 1) -> Iterator[Overlay]:
-    """Yields an Overlay, with the truth, for images of a data set. Their files are read again for
-    display at `image_size` pixels; if that is None, the overlay shows the network's image."""
-    model.eval()
-    readings = repeat(Reading())
-    if image_size:
-        readings = read_images([dataset.paths[index] for index in indices], workers=workers,
-                               rescale_factor=cli.IMAGE_SIDE // dataset.side, image_size=image_size)
-    for batch in cli.batched(indices, DRAWN_TOGETHER):
-        images, _ = dataset[batch]
-        masks = runtime.predict_masks(model, images)
-        for index, image, mask, reading in zip(batch, images[:, 0].numpy(), masks, readings):
-            # no reading without an image size, or if the file is gone by now
-            radiograph = reading.value or Radiograph(image, dataset.original_sizes[index])
-            yield make_overlay(dataset.patient_ids[index], radiograph, mask, thresholds,
-                               dataset.boxes[index])

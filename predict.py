@@ -22,13 +22,21 @@ import torch
 import cli
 import metrics
 import parallel
-from curves import CURVE_THRESHOLDS, draw_scores
-from drawing import IMAGE_SIZE, Overlay, make_overlay, picture_path, picture_writer
-from folders import find_radiographs, result_paths
-from labels import Labels, read_labels
+from data_processing import Labels, read_labels
 from model import Runtime, choose_runtime, load_checkpoint
-from readers import INTERNAL_ERROR, Reading, read_images
-from report import Row, row_of, write_report
+from radiographs import INTERNAL_ERROR, Reading, find_radiographs, read_images, result_paths
+from results import (
+    CURVE_THRESHOLDS,
+    IMAGE_SIZE,
+    Overlay,
+    Row,
+    draw_scores,
+    make_overlay,
+    picture_path,
+    picture_writer,
+    row_of,
+    write_report,
+)
 
 
 def predict_files(model: torch.nn.Module, files: dict[str, Path], runtime: Runtime, *,

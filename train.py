@@ -24,13 +24,11 @@ from torch.utils.data import DataLoader
 
 import cli
 import parallel
-from curves import CURVE_THRESHOLDS
 from dataset import PneumoniaDataset, find_labelled, load_parts, split
-from drawing import IMAGE_SIZE
-from engine import Training, evaluate, overlays, train_one_epoch, training_loader
+from engine import Training, evaluate, train_one_epoch, training_loader
 from metrics import Thresholds, choose_thresholds, summarize
 from model import PneumoniaUNET, Runtime, choose_runtime, load_checkpoint
-from records import Records, check_disk
+from results import CURVE_THRESHOLDS, IMAGE_SIZE, Records, check_disk, overlays
 
 OPTIMIZERS = {  # class, devices with a fused form since PyTorch 2.6, default overrides
     "adam": (torch.optim.Adam, ("cpu", "cuda"), {"lr": 5e-4}),

@@ -8,9 +8,9 @@ import torch
 
 import cli
 import dataset as ds
-import readers
 from cli import InputError, InternalError
 from metrics import parse_boxes, rescale_boxes
+from radiographs import readers
 
 GRADIENT = np.add.outer(np.arange(64), 2 * np.arange(64))  # 0..189
 

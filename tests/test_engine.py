@@ -7,9 +7,10 @@ import torch
 
 import train
 from cli import InputError
-from engine import check_losses, combined_loss, evaluate, overlays, training_loader
+from engine import check_losses, combined_loss, evaluate, training_loader
 from metrics import Thresholds, average_precision_image, choose_thresholds, find_boxes, summarize
 from model import PneumoniaUNET, choose_runtime
+from results import overlays
 
 CPU = choose_runtime("cpu", "fp32")
 STEPS = 5  # of an epoch

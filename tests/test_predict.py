@@ -10,12 +10,12 @@ from PIL import Image
 
 import metrics
 import predict
-import readers
 from cli import InputError
-from dicom import Radiograph
-from labels import Labels
+from data_processing import Labels
 from metrics import Thresholds
 from model import PneumoniaUNET, choose_runtime, load_checkpoint, save_checkpoint
+from radiographs import readers
+from radiographs.dicom import Radiograph
 
 
 def run(data, checkpoint, output, *flags):

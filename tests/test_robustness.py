@@ -27,9 +27,9 @@ from pydicom import dcmread, uid
 from pydicom.dataelem import RawDataElement
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_32
 
-from dicom import load_and_prepare_image
-from folders import patient_id_of
 from model import load_checkpoint
+from radiographs.dicom import load_and_prepare_image
+from radiographs.files import patient_id_of
 
 PYDICOM = Path(pydicom.data.__file__).parent
 SAMPLES = PYDICOM / "test_files"
@@ -408,7 +408,7 @@ def test_prediction_stops_with_its_readers(phantoms, checkpoint, tmp_path, signu
 
 HUNG = """
 import os
-import readers
+from radiographs import readers
 def hang(path):
     os.write(1, b"hung\\n")  # whole, whoever else writes
     while True:

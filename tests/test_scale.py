@@ -21,8 +21,8 @@ import predict
 import train
 from dataset import Augmentation, PneumoniaDataset
 from engine import Training, combined_loss, evaluate
-from folders import find_dicom_files
 from model import PneumoniaUNET, choose_runtime, load_checkpoint, save_checkpoint
+from radiographs.files import find_dicom_files
 
 CPU = choose_runtime("cpu", "fp32")
 STEPS, SIDE = 20, 64

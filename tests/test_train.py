@@ -14,12 +14,12 @@ from conftest import SMALL, assert_same_weights
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import readers
 import train
 from cli import InputError
 from metrics import Thresholds
 from model import PneumoniaUNET, load_checkpoint, save_checkpoint
-from records import METRIC_NAMES, Records
+from radiographs import readers
+from results.records import METRIC_NAMES, Records
 
 CONTINUED = ("last.pth.tar", "loss.best.pth.tar", "prec.best.pth.tar")  # what a run continues from
 

@@ -1,4 +1,4 @@
-"""docs/compare.py, on the metrics.json of runs that are made up."""
+"""tools/compare.py, on the metrics.json of runs that are made up."""
 
 import json
 import subprocess
@@ -16,6 +16,6 @@ def test_an_auc_that_a_run_could_not_define_is_nan(tmp_path):
                    "seconds": {"train": 6}, "history": [{}, {}]}
         (tmp_path / "runs" / str(seed) / "metrics.json").write_text(json.dumps(metrics))
     output = subprocess.check_output(
-        [sys.executable, ROOT / "docs" / "compare.py", tmp_path / "runs"], text=True)
+        [sys.executable, ROOT / "tools" / "compare.py", tmp_path / "runs"], text=True)
     line = "| runs | 0.1500 | 0.100, 0.200 | - | 0.750 | 0.500 | nan | 3 |"
     assert output.splitlines()[2] == line

@@ -3,9 +3,9 @@ import re
 import numpy as np
 import pytest
 
-from drawing import Overlay
 from metrics import Thresholds
-from report import Row, row_of, write_report
+from results.drawing import Overlay
+from results.report import Row, row_of, write_report
 
 NAME = "<b>bold<img src=x onerror=alert(1)>&amp;"
 

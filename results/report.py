@@ -11,8 +11,9 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from cli import write_text
-from drawing import Overlay, picture_path
 from metrics import average_precision_image, image_confidence
+
+from .drawing import Overlay, picture_path
 
 PAGE = Template("""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Lung opacities</title><link rel="icon" href="data:,">

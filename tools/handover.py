@@ -4,12 +4,12 @@
       python train.py --optimizer adamw --epochs 10 --train-threshold --no-save-images \
         --folds 3 --fold $fold --seed $seed --save output/seed-$seed-fold-$fold
     done; done
-    PYTHONPATH=. python docs/handover.py output/seed-*-fold-*
+    python -m tools.handover output/seed-*-fold-*
 
     python sample_data.py --train 2000 --test 0 --seed 1000 --output data/phantoms
     python data_processing.py --images data/phantoms/stage_2_train_images \
       --labels data/phantoms --output data/phantoms
-    PYTHONPATH=. python docs/handover.py --data data/phantoms/stage_2_train_images \
+    python -m tools.handover --data data/phantoms/stage_2_train_images \
       --labels data/phantoms/train.csv --model output/last.pth.tar
 
 Reads prec.best.pth.tar and last.pth.tar of each run, or one model and a labelled folder that it was
@@ -27,10 +27,10 @@ import torch
 from scipy import ndimage
 
 import metrics
+from data_processing import read_labels
 from dataset import PneumoniaDataset
-from folders import find_dicom_files
-from labels import read_labels
 from model import choose_runtime, load_checkpoint
+from radiographs import find_dicom_files
 
 GATES, DEFAULT = metrics.GATE_THRESHOLDS.tolist(), (29, 16)  # indices of the default thresholds
 DRAWS = 100  # random sets that thresholds are searched on

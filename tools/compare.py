@@ -1,6 +1,6 @@
 """Compares kinds of runs of train.py on the same folds and seeds, from their metrics.json.
 
-    python docs/compare.py output/width-64 output/width-32     # the first is the reference
+    python -m tools.compare output/width-64 output/width-32     # the first is the reference
 
 Each argument is a folder of runs; prints a line of the Markdown table in docs/experiments.md for
 each. Gains are paired by fold and seed, with their standard errors.

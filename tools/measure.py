@@ -1,17 +1,19 @@
-"""Prints the size of the code: lines, code lines and longest function by file, names of ours that
-train.py uses, and public functions without type hints.
+"""Prints the size of the code: code lines and longest function by file and by room (a folder is a
+room), the names of ours that train.py uses, and public functions without type hints.
 
-    python docs/measure.py
+    python -m tools.measure
 """
 
 import ast
 import io
 import tokenize
+from collections import Counter
 from pathlib import Path
 
 SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
            tokenize.ENDMARKER}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
+WINGS = "radiographs", "results", "tools"
 
 
 def functions_of(tree):
@@ -19,7 +21,7 @@ def functions_of(tree):
 
 
 def code_lines(source, tree):
-    """Lines that are not blank, a comment or part of a docstring."""
+    """Number of lines that are not blank, a comment or part of a docstring."""
     lines = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in SKIPPED:
@@ -49,20 +51,25 @@ def names_of_ours(tree, own):
 
 def main():
     paths = sorted(Path(".").glob("*.py"))
-    own, untyped, total = {path.stem for path in paths}, [], 0
-    print(f"{'file':<20}{'lines':>7}{'code':>7}{'longest function':>30}")
-    for path in paths:
+    own, untyped, rooms = {path.stem for path in paths} | set(WINGS), [], Counter()
+    print(f"{'file':<28}{'lines':>7}{'code':>7}{'longest function':>30}")
+    for path in paths + [path for wing in WINGS for path in sorted(Path(wing).glob("*.py"))]:
         source = path.read_text("utf-8")
         tree = ast.parse(source)
         functions, code = functions_of(tree), code_lines(source, tree)
-        length, longest = max((node.end_lineno - node.lineno + 1, node.name) for node in functions)
-        print(f"{path.name:<20}{len(source.splitlines()):>7}{code:>7}{longest:>25} {length:>4}")
-        public = [node.name for node in tree.body
-                  if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
-                  and node.returns is None]
-        untyped += [f"{path.stem}.{name}" for name in public]
-        total += code
-    print(f"{'all':<20}{'':>7}{total:>7}")
+        length, longest = max(((node.end_lineno - node.lineno + 1, node.name)
+                               for node in functions), default=(0, "-"))
+        print(f"{str(path):<28}{len(source.splitlines()):>7}{code:>7}{longest:>25} {length:>4}")
+        untyped += [f"{path.stem}.{node.name}" for node in tree.body
+                    if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+                    and node.returns is None and path.parts[0] != "tools"]
+        rooms[path.parts[0]] += code
+    print(f"\n{'room':<28}{'code':>14}")
+    for room, code in sorted(rooms.items()):
+        print(f"{room:<28}{code:>14}")
+    flat = sum(code for room, code in rooms.items() if room.endswith(".py"))
+    print(f"{'all':<28}{rooms.total():>14}\n"
+          f"{'top level, no sample_data':<28}{flat - rooms['sample_data.py']:>14}")
     names = names_of_ours(ast.parse(Path("train.py").read_text("utf-8")), own)
     print(f"train.py uses {len(names)} names of ours: {', '.join(names)}")
     print(f"{len(untyped)} public functions without a return type: {', '.join(untyped) or 'none'}")

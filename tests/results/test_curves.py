@@ -8,8 +8,8 @@ from conftest import ROOT
 from matplotlib.figure import Figure
 from PIL import Image
 
-import curves
 from metrics import Evaluation, Thresholds
+from results import curves
 
 EPOCH = {"train_loss": 0.9, "loss": 0.8, "rsna": 0.1, "total": 0.05, "auc": 0.7}
 

@@ -8,8 +8,7 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-import dicom
-import greyscale
+from radiographs import dicom, greyscale
 
 GRADIENT = np.add.outer(np.arange(64), 2 * np.arange(64))  # 0..189
 ALL_16 = np.arange(2**16).reshape(256, 256)

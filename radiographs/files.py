@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from cli import InputError
-from dicom import NOT_DICOM, is_dicom, reason_of
+
+from .dicom import NOT_DICOM, is_dicom, reason_of
 
 # layout of the challenge; the marker is sample_data.py's
 TRAIN_IMAGES, TEST_IMAGES = "stage_2_train_images", "stage_2_test_images"

@@ -5,8 +5,14 @@ import pytest
 from PIL import Image
 
 from cli import InputError
-from dicom import UnreadableImage, is_dicom, read_header
-from folders import RESULTS, find_dicom_files, find_radiographs, refuse_mixture, result_paths
+from radiographs.dicom import UnreadableImage, is_dicom, read_header
+from radiographs.files import (
+    RESULTS,
+    find_dicom_files,
+    find_radiographs,
+    refuse_mixture,
+    result_paths,
+)
 
 PIXELS = np.arange(64, dtype=np.uint8).reshape(8, 8)
 
@@ -139,7 +145,7 @@ def test_files_of_a_folder_that_may_be_listed_but_not_entered_are_skipped(tmp_pa
         raise PermissionError(13, "Permission denied")
     monkeypatch.setattr("os.stat", refuse)
     monkeypatch.setattr("os.lstat", refuse)
-    monkeypatch.setattr("folders._walk", lambda *_: [tmp_path / "a.dcm"])
+    monkeypatch.setattr("radiographs.files._walk", lambda *_: [tmp_path / "a.dcm"])
     assert find(tmp_path) == ({}, {"a.dcm": "cannot be opened: Permission denied"})
 
 

@@ -7,27 +7,32 @@ import math
 import platform
 import shlex
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import cli
-from curves import draw_history, draw_scores
 from dataset import PneumoniaDataset
-from drawing import Overlay, draw_overlay, picture_writer
 from engine import Training
 from metrics import Evaluation, Thresholds, score_lines
-from model import save_checkpoint
-from report import row_of, write_report
+from model import Runtime, save_checkpoint
+from radiographs import Radiograph, Reading, read_images
+
+from .curves import draw_history, draw_scores
+from .drawing import IMAGE_SIZE, Overlay, draw_overlay, make_overlay, picture_writer
+from .report import row_of, write_report
 
 METRIC_NAMES = {  # in metrics.json and final.pth.tar, of what metrics.summarize returns
     "rsna": "rsna_mean_average_precision", "rsna_standard_error": "rsna_standard_error",
     "total": "total_average_precision", "auc": "image_roc_auc", "auc_AP": "image_roc_auc_AP",
     "auc_PA": "image_roc_auc_PA", "loss": "loss"}
+DRAWN_TOGETHER = 16  # images in a batch of overlays
 COMPARED = ("batch_size", "epochs", "optimizer", "width", "rescale_factor", "learning_rate")
 
 
@@ -159,6 +164,26 @@ class Records:
         cli.write_text(self.folder / "metrics.json", json.dumps(record, indent=1))
         print(f"see {self.folder / 'report.html'}", thresholds,
               *score_lines(figures, sizes["scored_images"]), sep="\n")
+
+
+def overlays(model: nn.Module, dataset: PneumoniaDataset, indices: Sequence[int],
+             runtime: Runtime, thresholds: Thresholds, *, image_size: int | None = IMAGE_SIZE,
+             workers: int = 1) -> Iterator[Overlay]:
+    """Yields an Overlay, with the truth, for images of a data set. Their files are read again for
+    display at `image_size` pixels; if that is None, the overlay shows the network's image."""
+    model.eval()
+    readings = repeat(Reading())
+    if image_size:
+        readings = read_images([dataset.paths[index] for index in indices], workers=workers,
+                               rescale_factor=cli.IMAGE_SIDE // dataset.side, image_size=image_size)
+    for batch in cli.batched(indices, DRAWN_TOGETHER):
+        images, _ = dataset[batch]
+        masks = runtime.predict_masks(model, images)
+        for index, image, mask, reading in zip(batch, images[:, 0].numpy(), masks, readings):
+            # no reading without an image size, or if the file is gone by now
+            radiograph = reading.value or Radiograph(image, dataset.original_sizes[index])
+            yield make_overlay(dataset.patient_ids[index], radiograph, mask, thresholds,
+                               dataset.boxes[index])
 
 
 def _compare_split(path, rows):

@@ -8,8 +8,7 @@ from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGBaseline8Bit, RLELossless
 
-import dicom
-import greyscale
+from radiographs import dicom, greyscale
 
 GRADIENT = np.add.outer(np.arange(64), 2 * np.arange(64))  # 0..189
 

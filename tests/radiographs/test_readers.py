@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import readers
-from dicom import UnreadableImage
-from greyscale import ImageWarning
+from radiographs import readers
+from radiographs.dicom import UnreadableImage
+from radiographs.greyscale import ImageWarning
 
 
 def numbers(folder, count):

@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dicom import Radiograph, UnreadableImage, read_radiograph, reason_of
-from greyscale import ImageWarning
+from .dicom import Radiograph, UnreadableImage, read_radiograph, reason_of
+from .greyscale import ImageWarning
 
 TIME_LIMIT = 20  # seconds of CPU time for one file; MAX_PIXELS of JPEG 2000 take 6 on a server
 WAIT_LIMIT = 300  # wall-clock seconds, for a reader that hangs without using the CPU

@@ -19,7 +19,8 @@ from pydicom.tag import Tag
 from pydicom.uid import JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLosslessSV1
 
 from cli import IMAGE_SIDE
-from greyscale import displayed, note, read_cells, read_hints, unit_range
+
+from .greyscale import displayed, note, read_cells, read_hints, unit_range
 
 # in a frame, about twice the largest radiographs; more is refused before it is allocated
 MAX_PIXELS = 2**25

@@ -4,11 +4,11 @@ from types import SimpleNamespace
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import records
 from cli import InputError
 from metrics import Thresholds
 from model import PneumoniaUNET
-from records import Records, check_disk
+from results import records
+from results.records import Records, check_disk
 
 
 def training(steps_done, history=()):

@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 from skimage.measure import find_contours
 
 from cli import DISK_ERRORS, atomic_write
-from dicom import Radiograph
 from metrics import Thresholds, find_boxes, rescale_boxes
+from radiographs import Radiograph
 
 IMAGE_SIZE = 1024  # pixels of the longest side, unless said otherwise
 LEGIBLE, NARROWEST = 400, 48  # pixels; minimum of the longest and of the shortest side

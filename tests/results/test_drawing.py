@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import drawing
-from drawing import LEGIBLE, Overlay, draw_overlay, encode_png, picture_writer, save_overlay
 from metrics import Thresholds
+from results import drawing
+from results.drawing import LEGIBLE, Overlay, draw_overlay, encode_png, picture_writer, save_overlay
 
 NO_BOXES = np.zeros((0, 4)), np.zeros(0)
 BOX = {"boxes": np.array([[200, 400, 300, 500]]), "confidences": np.array([0.7])}

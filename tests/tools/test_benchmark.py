@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-import benchmark
 import sample_data
 from cli import InputError
+from tools import benchmark
 
 SMALL = ["--repeats", "1", "--device", "cpu", "--rescale-factor", "16", "--batch-size", "2"]
 

@@ -1,8 +1,8 @@
 """Times every stage of the pipeline beside the least time that it could take on this machine.
 
-    python benchmark.py                             # some minutes without a GPU
-    python benchmark.py --images 50 100 200         # does an image cost the same among more?
-    python benchmark.py --images 50 --cache 26684   # and the memory of a full-size training set
+    python -m tools.benchmark                             # some minutes without a GPU
+    python -m tools.benchmark --images 50 100 200         # is it linear?
+    python -m tools.benchmark --images 50 --cache 26684   # and the memory of a full set
 
 Reads a folder of DICOM files with JPEG streams, repeated where --images asks for more, and draws
 boxes and masks at random. Prints a table of median wall-clock times for each number of images and
@@ -37,13 +37,18 @@ import metrics
 import train
 from data_processing import read_headers
 from dataset import PneumoniaDataset
-from dicom import TAGS
-from drawing import IMAGE_SIZE, Overlay, draw_overlay, encode_png, make_overlay, save_overlay
 from engine import train_one_epoch, training_loader
-from folders import TRAIN_IMAGES, find_dicom_files
 from model import PneumoniaUNET, Runtime, choose_runtime
-from readers import read_image
-from records import versions
+from radiographs import TAGS, TRAIN_IMAGES, find_dicom_files, read_image
+from results import (
+    IMAGE_SIZE,
+    Overlay,
+    draw_overlay,
+    encode_png,
+    make_overlay,
+    save_overlay,
+    versions,
+)
 
 MATRIX_SIDE = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # of the product that gives the peak rate
 DISTINCT = 64  # masks drawn; more images repeat them
