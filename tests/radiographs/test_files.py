@@ -225,7 +225,7 @@ def test_a_file_that_cannot_be_opened_does_not_end_the_search(formats, monkeypat
         if path == locked:
             raise PermissionError(13, "Permission denied")
         return is_dicom(path)
-    monkeypatch.setattr("folders.is_dicom", refuse)
+    monkeypatch.setattr("radiographs.files.is_dicom", refuse)
     files, _ = find_radiographs([formats / "images"])
     assert {"png", "jpg"} < files.keys()
 
