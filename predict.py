@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         labels = read_labels(cli.require(args.labels, "file", flag="--labels"))
 
     # files
-    output = cli.require(args.output, "output", flag="--output", variable="TRAINML_OUTPUT_PATH")
+    output = cli.output_folder(args.output, flag="--output", variable="TRAINML_OUTPUT_PATH")
     leave_out = [path for source in sources for path in result_paths(output, source)]
     files, skipped = parallel.once(partial(find_radiographs, sources, leave_out), runtime)
     source = args.data[0] if len(args.data) == 1 else f"the {len(args.data)} paths given"
@@ -244,4 +244,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(parallel.speak_once(main))

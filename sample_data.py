@@ -29,11 +29,9 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGBaseline8Bit, SecondaryCaptureImageStorage, generate_uid
 
 import cli
-import data_processing
-from radiographs import MARKER, TEST_IMAGES, TRAIN_IMAGES
 
-IMAGES = TRAIN_IMAGES, TEST_IMAGES
-TABLES = *data_processing.TABLES, "stage_2_test_labels.csv"
+IMAGES = cli.TRAIN_IMAGES, cli.TEST_IMAGES
+TABLES = cli.LABELS, cli.CLASSES, cli.TEST_LABELS
 COLUMNS = "patientId", "x", "y", "width", "height", "Target", "class"
 SIDE, CELL = cli.IMAGE_SIDE, 4  # pixels a side of an image, and of a cell of the drawing grid
 # middle of each cell, (G, G) with G = SIDE / CELL = 256
@@ -303,7 +301,7 @@ def write_tables(folder: Path, patients: list, new_patients: list) -> None:
 def earlier_ids(folder: Path) -> set[str] | None:
     """Patient ids that an earlier run made in the folder; None if it has no readable marker."""
     try:
-        made = json.loads((folder / MARKER).read_text())
+        made = json.loads((folder / cli.MARKER).read_text())
         return {patient_id_of(made["seed"], split, index)
                 for split, name in enumerate(("train", "test")) for index in range(made[name])}
     except (OSError, ValueError, KeyError, TypeError):
@@ -350,12 +348,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    folder = cli.require(args.output, "output", flag="--output", variable="TRAINML_DATA_PATH")
+    folder = cli.output_folder(args.output, flag="--output", variable="TRAINML_DATA_PATH")
     remove_earlier(folder)
     made = {"train": args.train, "test": args.test, "seed": args.seed}
-    cli.write_text(folder / MARKER, json.dumps(made))
-    patients = write_images(folder / TRAIN_IMAGES, args.train, seed=args.seed, split=0)
-    new_patients = write_images(folder / TEST_IMAGES, args.test, seed=args.seed, split=1)
+    cli.write_text(folder / cli.MARKER, json.dumps(made))
+    patients = write_images(folder / cli.TRAIN_IMAGES, args.train, seed=args.seed, split=0)
+    new_patients = write_images(folder / cli.TEST_IMAGES, args.test, seed=args.seed, split=1)
     write_tables(folder, patients, new_patients)
     counts = [len(boxes) for _, _, boxes in patients if boxes]
     is_default = args.output == cli.default_path("TRAINML_DATA_PATH")

@@ -19,5 +19,5 @@ from .drawing import (
     picture_writer,
     save_overlay,
 )
-from .records import Records, check_disk, overlays, versions
+from .records import Records, overlays, versions
 from .report import Row, row_of, write_report
