@@ -203,5 +203,5 @@ def evaluate(model: nn.Module, dataset: PneumoniaDataset, indices: Sequence[int]
     losses, confidences, scores = zip(*parallel.gather(rows, runtime))
     positive = np.array([len(dataset.boxes[index]) > 0 for index in indices])
     views = np.array([dataset.views[index] for index in indices])
-    return Evaluation(float(np.mean(losses)), np.array(confidences), positive, views,
-                      np.array(scores))
+    return Evaluation(float(np.mean(losses)), box_thresholds, np.array(confidences), positive,
+                      views, np.array(scores))

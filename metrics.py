@@ -49,12 +49,17 @@ class Thresholds(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """One pass of a network over N labelled images, at T box thresholds."""
+    """One pass of a network over N labelled images, with boxes found at T box thresholds."""
     loss: float
+    box_thresholds: Sequence[float]  # (T,)
     confidences: np.ndarray  # (N,) image_confidence of each mask
     positive: np.ndarray  # (N,) whether the image has a true box
     views: np.ndarray  # (N,) "AP", "PA" or ""
     scores: np.ndarray  # (N, T) average precision without a gate; NaN for a true negative
+
+    def scores_at(self, box: float, gate: float) -> np.ndarray:
+        """Scores (N,) at one of these box thresholds, with a gate."""
+        return gate_scores(self, gate)[:, list(self.box_thresholds).index(box)]
 
 
 def rescale_boxes(boxes, from_size: tuple[int, int], to_size: tuple[int, int]) -> np.ndarray:
@@ -200,9 +205,9 @@ def gate_scores(evaluation: Evaluation, gate: float) -> np.ndarray:
     return np.where(evaluation.confidences[:, None] >= gate, evaluation.scores, below)
 
 
-def summarize(evaluation: Evaluation, gate: float) -> dict[str, float]:
-    """Figures of an Evaluation at a gate and the first of its box thresholds."""
-    scores = gate_scores(evaluation, gate)[:, 0]
+def summarize(evaluation: Evaluation, thresholds: Thresholds) -> dict[str, float]:
+    """Figures of an Evaluation at these thresholds, the box threshold being one of its own."""
+    scores = evaluation.scores_at(thresholds.box, thresholds.gate)
     confidences, positive = evaluation.confidences, evaluation.positive
     figures = {"loss": evaluation.loss, "rsna": float(mean_average_precision(scores)),
                "rsna_standard_error": float(bootstrap(scores).std()),

@@ -145,7 +145,7 @@ class Results:
             evaluation = self._evaluation()
             draw_scores(output, evaluation, self.thresholds)
             plots.append("scores.png")
-            figures = metrics.summarize(evaluation, self.thresholds.gate)
+            figures = metrics.summarize(evaluation, self.thresholds)
             lines = metrics.score_lines(figures, len(self.scores))
         rows = [*self.rows, *(Row(str(path), "skipped", reason) for path, reason in self.skipped)]
         path = write_report(output, rows, lines=[str(self.thresholds), summary, *lines],
@@ -158,7 +158,8 @@ class Results:
     def _evaluation(self):
         rows = [row for row in self.rows if row.true_boxes is not None]
         return metrics.Evaluation(
-            loss=float("nan"), confidences=np.array([row.confidence for row in rows]),
+            loss=float("nan"), box_thresholds=[self.thresholds.box, *CURVE_THRESHOLDS],
+            confidences=np.array([row.confidence for row in rows]),
             positive=np.array([row.true_boxes > 0 for row in rows]),
             views=np.array([self.labels.views[row.patient_id] for row in rows]),
             scores=np.array(self.scores))

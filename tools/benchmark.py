@@ -152,7 +152,7 @@ def box_stages(cases: list[Overlay], folder: Path) -> list[Stage]:
     def score(thresholds: Sequence[float]) -> metrics.Evaluation:
         scores = [metrics.score_mask(case.mask, case.original_size, case.truth, thresholds)
                   for case in cases]
-        return metrics.Evaluation(0.0, np.full(images, 0.5), np.ones(images, bool),
+        return metrics.Evaluation(0.0, thresholds, np.full(images, 0.5), np.ones(images, bool),
                                   np.full(images, ""), np.array(scores))
 
     def label(thresholds: Sequence[float]) -> None:
