@@ -294,8 +294,8 @@ def _run_explained(main):
             return 2, "error: no temporary folder is writable: set TMPDIR to one that is"
         if error.errno not in DISK_ERRORS:
             raise
-        return 1, (f"error: {error.strerror}: {error.filename or 'output'}; what was written before "
-                   "is intact")
+        return 1, (f"error: {error.strerror}: {error.filename or 'output'}; what was written "
+                   "before is intact")
     except (MemoryError, RuntimeError) as error:
         text = str(error)  # PyTorch has a class for the memory of a GPU alone
         if not (isinstance(error, MemoryError) or "out of memory" in text

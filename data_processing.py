@@ -4,7 +4,6 @@
     python data_processing.py --type prediction    # writes predict.csv, one row per image
 """
 
-import argparse
 import io
 import json
 import re
@@ -16,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 import cli
-from radiographs import INTERNAL_ERROR, find_dicom_files, read_files, read_header, refuse_mixture
+from radiographs import INTERNAL_ERROR, find_dicom_files, read_files, read_header
 
 BOX_COLUMNS = ["x", "y", "width", "height"]
 SMALLEST_BOX = 2  # pixels a side; if all are smaller, they must be shares of the image
@@ -202,7 +201,9 @@ def build_training_csv(images: Path, labels: Path, output: Path) -> pd.DataFrame
     One row per label row that has an image; boxes in original pixels. Returns the table. Raises
     InputError for missing or broken tables.
     """
-    labels_path, classes_path = (Path(labels, name) for name in (cli.LABELS, cli.CLASSES))
+    labels_path, classes_path = (
+        cli.require(labels / name, "file", flag="--labels", variable="TRAINML_DATA_PATH")
+        for name in (cli.LABELS, cli.CLASSES))
     boxes = read_boxes(labels_path).drop(columns="ViewPosition")
     classes = read_table(classes_path, ["patientId", "class"]).drop_duplicates()
     repeated = classes["patientId"].duplicated()
@@ -247,31 +248,30 @@ def _write(table, path):
     return table
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--images", "-i", default=cli.default_path("TRAINML_DATA_PATH", cli.TRAIN_IMAGES),
-        help="folder of DICOM files (default: %(default)s)")
-    add("--labels", "-l", default=cli.default_path("TRAINML_DATA_PATH"),
-        help="folder of the two label tables (default: %(default)s)")
-    add("--output", "-o", default=cli.default_path("TRAINML_MODEL_PATH"),
-        help="folder for the CSV file (default: %(default)s)")
-    add("--type", "-t", default="training", choices=["training", "train", "prediction"],
-        help="train means training (default: %(default)s)")
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__.splitlines()[0])
+    parser.add_path("--images", "-i", kind="folder", help="folder of DICOM files",
+                    variable="TRAINML_DATA_PATH", part=cli.TRAIN_IMAGES)
+    parser.add_path("--labels", "-l", kind="folder", help="folder of the two label tables",
+                    variable="TRAINML_DATA_PATH")
+    parser.add_path("--output", "-o", kind="output", help="folder for the CSV file",
+                    variable="TRAINML_MODEL_PATH")
+    parser.add_argument("--type", "-t", default="training",
+                        choices=["training", "train", "prediction"],
+                        help="train means training (default: %(default)s)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
-    images = cli.require(args.images, "folder", flag="--images", variable="TRAINML_DATA_PATH")
-    output = cli.output_folder(args.output, flag="--output", variable="TRAINML_MODEL_PATH")
+    parser = make_parser()
+    args = parser.parse_args(argv)
     if args.type == "prediction":
-        table = build_prediction_csv(images, output)
+        args.labels = None
+    parser.check_paths(args)
+    if args.type == "prediction":
+        table = build_prediction_csv(Path(args.images), Path(args.output))
     else:
-        labels = Path(args.labels)
-        for name in (cli.LABELS, cli.CLASSES):
-            cli.require(labels / name, "file", flag="--labels", variable="TRAINML_DATA_PATH")
-        table = build_training_csv(images, labels, output)
+        table = build_training_csv(Path(args.images), Path(args.labels), Path(args.output))
     return 1 if table.attrs["internal_errors"] else 0
 
 

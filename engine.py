@@ -35,7 +35,9 @@ class Start(NamedTuple):
     @classmethod
     def of_file(cls, path: str | None) -> "Start":
         """Of the file that --checkpoint names; raises InputError as load_checkpoint does."""
-        return cls(*load_checkpoint(cli.require(path, "file", flag="--checkpoint"))) if path else cls()
+        if not path:
+            return cls()
+        return cls(*load_checkpoint(cli.require(path, "file", flag="--checkpoint")))
 
     @property
     def continues(self) -> bool:

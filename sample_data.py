@@ -10,7 +10,6 @@ have the challenge's sizes, but 40 % of the images are positive (22.5 % there), 
 sample has enough to learn from.
 """
 
-import argparse
 import functools
 import io
 import json
@@ -332,8 +331,10 @@ def remove_earlier(folder: Path) -> None:
             path.unlink()
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__.splitlines()[0])
+    parser.add_path("--output", kind="output", help="folder for the data set",
+                    variable="TRAINML_DATA_PATH")
     add = parser.add_argument
     add("--train", type=cli.bounded(1, math.inf, int), default=240,
         help="number of training images (default: %(default)s)")
@@ -341,14 +342,14 @@ def make_parser() -> argparse.ArgumentParser:
         help="number of test images (default: %(default)s)")
     add("--seed", type=cli.bounded(0, math.inf, int), default=42,
         help="the same seed gives the same data (default: %(default)s)")
-    add("--output", default=cli.default_path("TRAINML_DATA_PATH"),
-        help="folder for the data set (default: %(default)s)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
-    folder = cli.output_folder(args.output, flag="--output", variable="TRAINML_DATA_PATH")
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    parser.check_paths(args)
+    folder = Path(args.output)
     remove_earlier(folder)
     made = {"train": args.train, "test": args.test, "seed": args.seed}
     cli.write_text(folder / cli.MARKER, json.dumps(made))

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -56,8 +55,8 @@ def make_parser() -> cli.Parser:
     parser.add_path("--labels", "-l", kind="file", help="train.csv of these images",
                     variable="TRAINML_MODEL_PATH", part="train.csv",
                     written_by="python data_processing.py")
-    parser.add_path("--save", kind="output", help="folder for checkpoints, images, logs and metrics",
-                    variable="TRAINML_OUTPUT_PATH")
+    parser.add_path("--save", kind="output", variable="TRAINML_OUTPUT_PATH",
+                    help="folder for checkpoints, images, logs and metrics")
     parser.add_path("--checkpoint", kind="file",
                     help="last.pth.tar of a run to continue, or weights to start from")
     add_run_options(parser.add_argument_group("the run").add_argument)
@@ -143,8 +142,8 @@ def check_start(args: argparse.Namespace, start: Start) -> None:
     """Refuses another network than that of `start` and, for a run that continues, another recipe
     or fewer epochs than it has done."""
     for key, value in start.network().items():
-        cli.refuse_if(getattr(args, key) != value, f"the checkpoint's network has {key} {value}: give "
-                      f"--{key.replace('_', '-')} {value}")
+        cli.refuse_if(getattr(args, key) != value, f"the checkpoint's network has {key} {value}: "
+                      f"give --{key.replace('_', '-')} {value}")
     if start.model:
         start.model.check_side(args.rescale_factor, args.batch_size)
     for key, value in start.state.get("args", {}).items():
@@ -152,8 +151,8 @@ def check_start(args: argparse.Namespace, start: Start) -> None:
         cli.refuse_if(key not in PATH_FLAGS + CHANGEABLE and given != value,
                       f"{flag} {given}: the run to continue has {value}; leave the flag out")
     done = len(start.state.get("history", ()))
-    cli.refuse_if(args.epochs < done, f"--epochs {args.epochs}: the run to continue has done {done}; "
-                  f"give {done} or more")
+    cli.refuse_if(args.epochs < done, f"--epochs {args.epochs}: the run to continue has done "
+                  f"{done}; give {done} or more")
 
 
 def check_flags(args: argparse.Namespace) -> None:

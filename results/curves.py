@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cli import atomic_write
-from metrics import Evaluation, Thresholds, mean_average_precision
+from metrics import CURVE_THRESHOLDS, Evaluation, Thresholds, mean_average_precision
 
-CURVE_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # box thresholds of scores.png
 CURVES = {  # of curves.png: {title: {name in the history: label}}
     "loss": {"train_loss": "training", "loss": "validation"},
     "average precision": {"rsna": "RSNA mAP", "total": "total AP"},

@@ -55,8 +55,8 @@ class Records:
         self.dataset, self.parts = dataset, parts
         self.history = training.history
         if (folder / "final.pth.tar").exists():
-            print(f"{folder / 'final.pth.tar'} is from an earlier run and will be replaced when this "
-                  "one ends")
+            print(f"{folder / 'final.pth.tar'} is from an earlier run and will be replaced when "
+                  "this one ends")
         self._write_split()
         next_step = training.scheduler.last_epoch + 1
         self.writer = SummaryWriter(folder / "logs", purge_step=next_step)

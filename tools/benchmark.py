@@ -102,7 +102,7 @@ def plain_decode(path: Path) -> None:
 def build_network_stages(dataset: PneumoniaDataset, runtime: Runtime,
                          args: argparse.Namespace) -> list[Stage]:
     """Stages that run the network, or feed it, on whole batches with train.py's defaults."""
-    train_args, *_ = train.parse_args([f"--rescale-factor={args.rescale_factor}"])
+    train_args = train.parse_args([f"--rescale-factor={args.rescale_factor}"])
     loader = training_loader(dataset, range(len(dataset)), args.batch_size, runtime)
     model = train.build_model(train_args)
     training = train.build_training(model, loader, train_args, runtime)
@@ -254,7 +254,7 @@ def measure_cache(paths: list[Path], *, rescale_factor: int, workers: int,
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--data", "-d", default=cli.default_path("TRAINML_DATA_PATH", TRAIN_IMAGES),
         help="folder of DICOM files (default: %(default)s)")
@@ -275,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = cli.require(args.data, "folder", variable="TRAINML_DATA_PATH",
                        flag="--data (python sample_data.py makes one)")
     if args.json:
-        cli.require(Path(args.json).parent, "output", flag="--json")
+        cli.output_folder(Path(args.json).parent, flag="--json")
     files = list(find_dicom_files(data)[0].values())
     if not files:
         raise cli.InputError(f"no file in {data}: give the folder of the images with --data")
