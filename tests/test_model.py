@@ -112,7 +112,6 @@ def test_a_network_of_a_checkpoint_before_patches_works_on_pixels(tmp_path):
     assert again.patch_size == 1
 
 
-@pytest.mark.parametrize("name", ["legacy", "earlier"])
 @pytest.mark.parametrize("rescale_factor, patch_size", [(1, 16), (2, 8), (4, 4), (8, 2), (16, 1)])
 def test_every_network_sees_at_most_64_patches_a_side(rescale_factor, patch_size):
     assert PneumoniaUNET.for_images(rescale_factor).patch_size == patch_size
