@@ -16,13 +16,8 @@ from torch.utils.data import Dataset
 from cli import IMAGE_SIDE, InputError, InternalError, progress, warn
 from data_processing import read_labels
 from metrics import rescale_boxes
-from radiographs import (
-    INTERNAL_ERROR,
-    find_dicom_files,
-    load_and_prepare_image,  # noqa: F401, the reader is expected here
-    read_images,
-    result_paths,
-)
+from radiographs import find_dicom_files, read_images
+from radiographs.files import result_paths
 
 VALIDATION_SHARE = 0.1
 FEWEST = 10  # images of each class that a run needs
@@ -57,10 +52,11 @@ class PneumoniaDataset(Dataset):
         self._file = _allocate(len(files) * self.side**2)
         self.patient_ids, self.paths, self.original_sizes = [], [], []
         self.skipped, self.notes = [], []
-        readings = read_images(files.values(), rescale_factor=rescale_factor, workers=workers)
-        readings = progress(readings, total=len(files), description="prepare")
-        for (patient_id, path), reading in zip(files.items(), readings):
-            self._add(patient_id, path, reading)
+        self.internal_errors = 0  # images left out because of a fault of these scripts
+        with read_images(files.values(), side=self.side, workers=workers) as readings:
+            readings = progress(readings, total=len(files), description="prepare")
+            for (patient_id, path), reading in zip(files.items(), readings):
+                self._add(patient_id, path, reading)
         self._check_skipped(len(files))
         self.boxes = [np.asarray(boxes[key], float).reshape(-1, 4) for key in self.patient_ids]
         self.views = [(views or {}).get(key, "") for key in self.patient_ids]
@@ -77,6 +73,7 @@ class PneumoniaDataset(Dataset):
     def _add(self, patient_id, path, reading):
         if reading.problem:
             self.skipped.append((path, reading.problem))
+            self.internal_errors += reading.internal_error
             return
         if reading.note:
             self.notes.append((path, reading.note))
@@ -92,11 +89,6 @@ class PneumoniaDataset(Dataset):
             kind = InternalError if self.internal_errors else InputError
             raise kind(f"{len(self.skipped)} of {count} images cannot be read, more than "
                        f"{MAX_UNREADABLE:.0%}; the first is {path}: {reason}")
-
-    @property
-    def internal_errors(self) -> int:
-        """Number of images left out because of a bug of ours."""
-        return sum(reason == INTERNAL_ERROR for _, reason in self.skipped)
 
     def __len__(self) -> int:
         return len(self.patient_ids)

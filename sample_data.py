@@ -30,7 +30,7 @@ from pydicom.uid import JPEGBaseline8Bit, SecondaryCaptureImageStorage, generate
 
 import cli
 import data_processing
-from radiographs import MARKER, TEST_IMAGES, TRAIN_IMAGES
+from radiographs.files import MARKER, TEST_IMAGES, TRAIN_IMAGES
 
 IMAGES = TRAIN_IMAGES, TEST_IMAGES
 TABLES = *data_processing.TABLES, "stage_2_test_labels.csv"
