@@ -8,36 +8,50 @@ import errno
 import io
 import math
 import os
+import re
 import signal
 import sys
 import tempfile
 import threading
-import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 FOLDERS = {"TRAINML_DATA_PATH": "data", "TRAINML_MODEL_PATH": ".", "TRAINML_OUTPUT_PATH": "output"}
+# the challenge's layout; the truth of the test images and the marker are sample_data.py's
+TRAIN_IMAGES, TEST_IMAGES = "stage_2_train_images", "stage_2_test_images"
+LABELS, CLASSES = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
+TEST_LABELS, MARKER = "stage_2_test_labels.csv", "synthetic.json"
 IMAGE_SIDE = 1024  # pixels a side in the challenge; the network sees IMAGE_SIDE / rescale_factor
 RESCALE_FACTORS = (1, 2, 4, 8, 16)
 NAMED = 5  # items named in a warning; the rest are counted
 LOG_SECONDS = 30  # between progress lines in a job log
-FIRST_SECONDS = 10  # for the first of several processes to report an error
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 
-class InputError(ValueError):
+class Failure(Exception):
+    """An error of which the user needs the message alone, not the traceback."""
+    status = 1  # of the script that it ends
+
+
+class InputError(Failure, ValueError):
     """Something the user gave cannot be used; the message has the found value and the remedy."""
     status = 2
 
 
-class InternalError(RuntimeError):
-    """A bug of ours, its traceback already printed, left nothing to continue with."""
-    status = 1
+class InternalError(Failure):
+    """A fault of these scripts, its traceback already printed, left nothing to continue with."""
+
+
+def refuse_if(wrong: bool, message: str) -> None:
+    """Raises InputError with the message if something given is wrong."""
+    if wrong:
+        raise InputError(message)
 
 
 def default_path(variable: str, *parts: str) -> str:
@@ -46,47 +60,82 @@ def default_path(variable: str, *parts: str) -> str:
 
 
 def require(path: str | Path, kind: str, *, flag: str, variable: str | None = None) -> Path:
-    """Returns `path` as a Path. A "file" or "folder" must exist, "data" may be either but not a zip
-    file, and an "output" folder is created and must be writable.
+    """Returns the Path of what a script reads: a "file", a "folder", or "data", which may be both.
 
-    Raises InputError naming path, flag and variable.
+    Raises InputError naming path, flag and variable if it is not there or of another kind.
     """
-    path = Path(path)
-    remedy = f"{flag}, or set {variable}" if variable else flag
-    if kind == "output":
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=path) as probe:
-                probe.write(bytes(4096))
-        except OSError as error:
-            raise InputError(f"cannot write to {path} ({error.strerror}): give another folder "
-                             f"with {remedy}") from None
-    elif not os.path.exists(path):  # Path.exists raises for a name too long, or no permission
-        raise InputError(f"{path} does not exist: give another with {remedy}")
-    elif kind != "file" and not (path.is_file() or path.is_dir()):  # a pipe is read only once
-        raise InputError(f"{path} is neither a file nor a folder: give another with {remedy}")
-    elif kind != "file" and zipfile.is_zipfile(path):
-        raise InputError(f"{path} is a zip file, not a folder: give the folder that it unpacks to "
-                         f"with {remedy}")
-    elif kind == "folder" and not path.is_dir():
-        raise InputError(f"{path} is a file, not a folder: give the folder that it is in with "
-                         f"{remedy}")
+    path, remedy = _local_path(path, flag, variable)
+    if not os.path.exists(path):  # Path.exists raises for a name too long, or no permission
+        problem = "does not exist"
+    elif path.is_dir():
+        problem = "is a folder, not a file" if kind == "file" else ""
+    elif kind == "file":
+        problem = ""
+    elif not path.is_file():  # a pipe is read only once
+        problem = "is neither a file nor a folder"
+    elif zipfile.is_zipfile(path):
+        problem = "is a zip file, not the folder that it unpacks to"
+    else:
+        problem = "is a file, not the folder that it is in" if kind == "folder" else ""
+    if problem:
+        raise InputError(f"{path} {problem}: give another with {remedy}")
     return path
 
 
-class Switch(argparse.BooleanOptionalAction):
-    """--flag and --no-flag with the help as given; Python 3.10 to 3.12 would add a default."""
+def output_folder(path: str | Path, *, flag: str, variable: str | None = None) -> Path:
+    """Returns the Path of a folder to write to, which is made where it is missing.
 
-    def __init__(self, *, help: str, **options):
-        super().__init__(**options)
-        self.help = help
+    Raises InputError naming path, flag and variable if nothing can be written there.
+    """
+    path, remedy = _local_path(path, flag, variable)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(bytes(4096))
+    except OSError as error:
+        raise InputError(f"cannot write to {path} ({error.strerror}): give another folder with "
+                         f"{remedy}") from None
+    return path
+
+
+def _local_path(path, flag, variable):
+    """The Path, and in words how to give another; refuses an address such as gs://bucket."""
+    remedy = f"{flag}, or set {variable}" if variable else flag
+    if re.match(r"\w+://", str(path)):
+        raise InputError(f"{path} is an address, but only folders and files of this machine can be "
+                         f"read and written: copy or mount it, and give its path with {remedy}")
+    return Path(path), remedy
 
 
 class Parser(argparse.ArgumentParser):
     """argparse's parser whose errors are InputErrors: one line, without the usage before it."""
 
+    def __init__(self, description: str):
+        super().__init__(description=description)
+        self.add_to_files = self.add_argument_group("files").add_argument
+        self.paths = []  # (name, kind, words for an error) of each
+
     def error(self, message: str) -> None:
         raise InputError(f"{message}; see --help")
+
+    def add_path(self, *names: str, kind: str, help: str, variable: str | None = None,
+                 part: str = "", written_by: str = "", **options: Any) -> None:
+        """A flag for a path: a `kind` of require, or "output". Its default is `part` of the folder
+        that a TRAINML_* variable names."""
+        default = default_path(variable, part) if variable else None
+        shown = f" (default: {default.replace('%', '%%')})" if default else ""
+        path = self.add_to_files(*names, default=default, help=help + shown, **options)
+        flag = f"{names[0]} ({written_by} writes one)" if written_by else names[0]
+        self.paths.append((path.dest, kind, {"flag": flag, "variable": variable}))
+
+    def check_paths(self, args: argparse.Namespace) -> None:
+        """Raises InputError for the first path that is not of its kind."""
+        for name, kind, words in self.paths:
+            path = getattr(args, name)
+            if kind == "output":
+                output_folder(path, **words)
+            elif path is not None:
+                require(path, kind, **words)
 
     def add_runtime_options(self, *, batch_size: int, rescale_factor: int | None) -> None:
         """Flags on how a network runs; a `rescale_factor` of None means the checkpoint's."""
@@ -96,21 +145,24 @@ class Parser(argparse.ArgumentParser):
                  f"(default: {rescale_factor or 'that of the checkpoint'})")
         add("--batch-size", "--bs", type=bounded(1, math.inf, int), default=batch_size,
             help="images in a batch, 1 or more (default: %(default)s)")
-        add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
-            help="auto takes the first that is available (default: %(default)s)")
+        add("--device", default="auto", choices=["auto", "cuda", "cpu"],
+            help="auto takes CUDA where it is available (default: %(default)s)")
         add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
             help="auto takes the fastest that the device computes natively (default: %(default)s)")
         add("--workers", type=bounded(1, math.inf, int), default=usable_cores(),
             help="processes that decode images (default: the cores of this job, %(default)s)")
 
 
-def bounded(low: float, high: float, kind: type = float) -> Callable[[str], float]:
-    """A type for argparse: a finite number of type `kind` in low..high."""
+def bounded(low: float, high: float, kind: type = float, *,
+            above: bool = False) -> Callable[[str], float]:
+    """A type for argparse: a finite number of type `kind` in low..high, or `above` low."""
     allowed = f"{low:g} or more" if math.isinf(high) else f"between {low:g} and {high:g}"
+    if above:
+        allowed = f"above {low:g}"
 
     def parse(text: str) -> float:
         value = kind(text)
-        if value == math.inf or not low <= value <= high:
+        if value == math.inf or not low <= value <= high or above and value == low:
             raise argparse.ArgumentTypeError(f"{text} is not {allowed}")
         return value
     parse.__name__ = "number"  # argparse: "invalid number value"
@@ -182,7 +234,7 @@ def progress(iterable: Iterable, *, total: int, description: str, scale: int = 1
     """Shows a bar on a terminal, and in a job log a plain line every LOG_SECONDS. Each of the
     `total` steps counts as `scale` images; `set_postfix_str` of the result adds to the line."""
     options = {"total": total, "desc": description, "unit": " images", "leave": False,
-               "unit_scale": scale if scale > 1 else False, "disable": not _is_first()}
+               "unit_scale": scale if scale > 1 else False}
     if not sys.stderr.isatty():
         options |= {"file": _JobLog(), "mininterval": LOG_SECONDS, "miniters": 1,
                     "delay": LOG_SECONDS,
@@ -200,61 +252,53 @@ class _JobLog(io.StringIO):
         return len(text)
 
 
-def _is_first():
-    """Whether this process prints for all that torchrun started on this machine."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def _terminate(signum, frame):
+def stop(signum: int, frame: Any) -> None:
+    """What Ctrl-C and SIGTERM do while a script runs."""
     raise KeyboardInterrupt(signum)
-
-
-def _explain(error):
-    """Exit status and message of an error that the user can fix, or whose traceback was printed;
-    re-raises any other."""
-    text = str(error)
-    if isinstance(error, (InputError, InternalError)):
-        return error.status, text
-    if "No usable temporary directory" in text:
-        return 2, "no temporary folder is writable: set TMPDIR to one that is"
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        path = error.filename or "output"
-        return 1, f"{error.strerror}: {path}; what was written before is intact"
-    if isinstance(error, RuntimeError) and "gloo/transport" in text:
-        return 1, "another process of this run has ended"
-    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
-        return 1, "out of memory: lower --batch-size or raise --rescale-factor"
-    raise error
 
 
 def run(main: Callable[[], int | None]) -> None:
     """Runs a script's `main` and exits with its status. Every line of output is flushed; SIGTERM
     stops the script like Ctrl-C, with status 128 + the signal's number.
 
-    An error is printed on one line, with status 2 if it is the user's and 1 if the disk is full or
-    read-only, memory runs out, another process has ended, or it is an InternalError. Any other
-    keeps its traceback.
+    A Failure, a disk that is full or read-only, and too little memory end it with one line; any
+    other error keeps its traceback.
     """
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    if not _is_first():
-        sys.stdout = open(os.devnull, "w")
-    signal.signal(signal.SIGTERM, _terminate)
+    on_stop(stop)
     try:
-        try:
-            status, message = main(), ""
-        except Exception as error:
-            status, reason = _explain(error)
-            message = f"error: {reason}"
-            if _is_first():
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the message is printed whole
-            else:  # if all have this error, the first one reports it, and torchrun stops this one
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                time.sleep(FIRST_SECONDS)
-    except KeyboardInterrupt as stop:  # possibly while an error is explained
-        status = 128 + (stop.args[0] if stop.args else signal.SIGINT)
-        message = "stopped" if _is_first() else ""
+        status, message = _run_explained(main)
+    except KeyboardInterrupt as stopped:  # possibly while an error is explained
+        status, message = 128 + stopped.args[0], "stopped"
+    on_stop(signal.SIG_IGN)  # the message is printed whole
     if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    for signum in STOP_SIGNALS:  # no traceback while the interpreter ends
-        signal.signal(signum, signal.SIG_DFL)
+    on_stop(signal.SIG_DFL)  # no traceback while the interpreter ends
     sys.exit(status)
+
+
+def on_stop(action: Callable | int) -> None:
+    """Sets what Ctrl-C and SIGTERM do: a handler, signal.SIG_IGN or signal.SIG_DFL."""
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, action)
+
+
+def _run_explained(main):
+    """Exit status of main, and one line on the error that ended it; re-raises any other error."""
+    try:
+        return main(), ""
+    except Failure as error:
+        return error.status, f"error: {error}"
+    except OSError as error:
+        if "No usable temporary directory" in str(error):
+            return 2, "error: no temporary folder is writable: set TMPDIR to one that is"
+        if error.errno not in DISK_ERRORS:
+            raise
+        return 1, (f"error: {error.strerror}: {error.filename or 'output'}; what was written "
+                   "before is intact")
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)  # PyTorch has a class for the memory of a GPU alone
+        if not (isinstance(error, MemoryError) or "out of memory" in text
+                or "allocate memory" in text):
+            raise
+        return 1, "error: out of memory: lower --batch-size or raise --rescale-factor"

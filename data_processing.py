@@ -4,10 +4,10 @@
     python data_processing.py --type prediction    # writes predict.csv, one row per image
 """
 
-import argparse
 import io
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +16,7 @@ import pandas as pd
 
 import cli
 from radiographs import find_dicom_files, read_header, readings_of
-from radiographs.files import refuse_mixture
 
-TABLES = ("stage_2_train_labels.csv", "stage_2_detailed_class_info.csv")
 BOX_COLUMNS = ["x", "y", "width", "height"]
 SMALLEST_BOX = 2  # pixels a side; if all are smaller, they must be shares of the image
 OTHER_KINDS = {  # first bytes of files named .csv that are something else
@@ -35,6 +33,15 @@ class Labels(NamedTuple):
     """What a table says of each radiograph, by patient_id."""
     boxes: dict[str, np.ndarray]  # (n, 4) in original pixels
     views: dict[str, str]  # "AP", "PA" or ""
+
+    @property
+    def positive(self) -> dict[str, bool]:
+        """Whether each radiograph has a box."""
+        return {key: len(boxes) > 0 for key, boxes in self.boxes.items()}
+
+    def among(self, ids: Collection[str]) -> "Labels":
+        """The Labels of just these ids, in the table's order."""
+        return Labels(*({key: values[key] for key in values if key in ids} for values in self))
 
 
 def _read_cells(path):
@@ -149,8 +156,8 @@ def _age(value):
 def read_headers(folder: Path) -> pd.DataFrame:
     """Table of HEADER_COLUMNS, Rows and Columns, one row per readable DICOM file in `folder`.
 
-    Its attrs["internal_errors"] counts the files left out because of a bug of ours. Raises
-    InputError if no file is readable, InternalError if a bug of ours is to blame.
+    Its attrs["internal_errors"] counts the files left out because of a fault of these
+    scripts. Raises InputError if no file is readable, InternalError if such a fault is to blame.
     """
     files, skipped = find_dicom_files(folder)
     refuse_mixture(folder, files)
@@ -174,6 +181,20 @@ def read_headers(folder: Path) -> pd.DataFrame:
     return table
 
 
+def refuse_mixture(folder: Path, files: Collection) -> None:
+    """Raises InputError if sample_data.py made the folder but not all of its files."""
+    try:
+        made = json.loads((Path(folder).parent / cli.MARKER).read_text())
+        expected = {cli.TRAIN_IMAGES: made["train"],
+                    cli.TEST_IMAGES: made["test"]}[Path(folder).name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # not a folder of sample_data.py
+    if len(files) > expected:
+        raise cli.InputError(
+            f"{folder} holds {len(files)} files, but sample_data.py made {expected}: phantoms and "
+            "radiographs are mixed; give each a folder of its own, named by TRAINML_DATA_PATH")
+
+
 def build_training_csv(images: Path, labels: Path, output: Path) -> pd.DataFrame:
     """Joins the headers in folder `images` with the label tables in folder `labels` and writes
     `output`/train.csv.
@@ -181,7 +202,9 @@ def build_training_csv(images: Path, labels: Path, output: Path) -> pd.DataFrame
     One row per label row that has an image; boxes in original pixels. Returns the table. Raises
     InputError for missing or broken tables.
     """
-    labels_path, classes_path = (Path(labels, name) for name in TABLES)
+    labels_path, classes_path = (
+        cli.require(labels / name, "file", flag="--labels", variable="TRAINML_DATA_PATH")
+        for name in (cli.LABELS, cli.CLASSES))
     boxes = read_boxes(labels_path).drop(columns="ViewPosition")
     classes = read_table(classes_path, ["patientId", "class"]).drop_duplicates()
     repeated = classes["patientId"].duplicated()
@@ -226,31 +249,30 @@ def _write(table, path):
     return table
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--images", "-i", default=cli.default_path("TRAINML_DATA_PATH", "stage_2_train_images"),
-        help="folder of DICOM files (default: %(default)s)")
-    add("--labels", "-l", default=cli.default_path("TRAINML_DATA_PATH"),
-        help="folder of the two label tables (default: %(default)s)")
-    add("--output", "-o", default=cli.default_path("TRAINML_MODEL_PATH"),
-        help="folder for the CSV file (default: %(default)s)")
-    add("--type", "-t", default="training", choices=["training", "train", "prediction"],
-        help="train means training (default: %(default)s)")
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__.splitlines()[0])
+    parser.add_path("--images", "-i", kind="folder", help="folder of DICOM files",
+                    variable="TRAINML_DATA_PATH", part=cli.TRAIN_IMAGES)
+    parser.add_path("--labels", "-l", kind="folder", help="folder of the two label tables",
+                    variable="TRAINML_DATA_PATH")
+    parser.add_path("--output", "-o", kind="output", help="folder for the CSV file",
+                    variable="TRAINML_MODEL_PATH")
+    parser.add_argument("--type", "-t", default="training",
+                        choices=["training", "train", "prediction"],
+                        help="train means training (default: %(default)s)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
-    images = cli.require(args.images, "folder", flag="--images", variable="TRAINML_DATA_PATH")
-    output = cli.require(args.output, "output", flag="--output", variable="TRAINML_MODEL_PATH")
+    parser = make_parser()
+    args = parser.parse_args(argv)
     if args.type == "prediction":
-        table = build_prediction_csv(images, output)
+        args.labels = None
+    parser.check_paths(args)
+    if args.type == "prediction":
+        table = build_prediction_csv(Path(args.images), Path(args.output))
     else:
-        labels = Path(args.labels)
-        for name in TABLES:
-            cli.require(labels / name, "file", flag="--labels", variable="TRAINML_DATA_PATH")
-        table = build_training_csv(images, labels, output)
+        table = build_training_csv(Path(args.images), Path(args.labels), Path(args.output))
     return 1 if table.attrs["internal_errors"] else 0
 
 

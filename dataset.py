@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from cli import IMAGE_SIDE, InputError, InternalError, progress, warn
-from data_processing import read_labels
+from cli import IMAGE_SIDE, InputError, InternalError, progress, refuse_if, warn
+from data_processing import Labels, read_labels
 from metrics import rescale_boxes
 from radiographs import find_dicom_files, read_images
 from radiographs.files import result_paths
@@ -37,18 +37,17 @@ def boxes_to_mask(boxes, original_size: tuple[int, int], side: int) -> np.ndarra
 class PneumoniaDataset(Dataset):
     """Radiographs with masks, in network pixels; the constructor decodes every file once.
 
-    Takes files {patient_id: path}, boxes {patient_id: (n, 4)} in original pixels, and views
-    {patient_id: "AP" or "PA"}, which may lack some. The images are kept as uint8 in an unnamed
-    temporary file, one after another, of which nothing is left however the run ends. Unreadable
+    Takes files {patient_id: path} and their Labels. The images are kept as uint8 in an unnamed
+    temporary file, one after another, which the system removes however the run ends. Unreadable
     files are in `skipped` [(path, reason)], remarks on readable ones in `notes` [(path, remark)].
 
     Raises InputError if more than MAX_UNREADABLE of the files cannot be read or the disk has no
-    room for the images, InternalError if a bug of ours is to blame.
+    room for the images, InternalError if a fault of these scripts is to blame.
     """
 
-    def __init__(self, files: Mapping[str, Path], boxes: Mapping[str, np.ndarray], *,
-                 views: Mapping[str, str] | None = None, rescale_factor: int = 4, workers: int = 1):
-        self.side = IMAGE_SIDE // rescale_factor
+    def __init__(self, files: Mapping[str, Path], labels: Labels, *, side: int = 256,
+                 workers: int = 1):
+        self.side = side
         self._file = _allocate(len(files) * self.side**2)
         self.patient_ids, self.paths, self.original_sizes = [], [], []
         self.skipped, self.notes = [], []
@@ -58,8 +57,8 @@ class PneumoniaDataset(Dataset):
             for (patient_id, path), reading in zip(files.items(), readings):
                 self._add(patient_id, path, reading)
         self._check_skipped(len(files))
-        self.boxes = [np.asarray(boxes[key], float).reshape(-1, 4) for key in self.patient_ids]
-        self.views = [(views or {}).get(key, "") for key in self.patient_ids]
+        self.boxes = [labels.boxes[key] for key in self.patient_ids]
+        self.views = [labels.views[key] for key in self.patient_ids]
 
     def __getstate__(self) -> dict:
         """For another process on this machine: Linux lets it open the unnamed file of the images as
@@ -117,67 +116,61 @@ def _allocate(size):
 
 
 class Labelled(NamedTuple):
-    """Radiographs that have both a file and labels, by patient_id."""
-    files: dict[str, Path]
-    boxes: dict[str, np.ndarray]  # (n, 4) in original pixels
-    views: dict[str, str]  # "AP", "PA" or ""
-    opacities: dict[str, bool]  # whether there are boxes
+    """Radiographs that have both a file and labels."""
+    files: dict[str, Path]  # {patient_id: path}
+    labels: Labels
+
+    def split(self, *, seed: int, folds: int | None = None, fold: int | None = None,
+              limits: Mapping[str, int] | None = None) -> dict[str, list[str]]:
+        """The ids of each part: "training", "validation" and, with folds, "test"; `limits` caps
+        their numbers by random choice. Raises InputError for a part without any."""
+        positive, parts = self.labels.positive, {"training": [], "validation": []}
+        if folds:
+            outside, parts["test"] = split_fold(positive, folds=folds, fold=fold)
+            positive = {key: positive[key] for key in outside}
+        parts["training"], parts["validation"] = split_patients(positive, seed=seed)
+        for name, ids in parts.items():
+            refuse_if(not ids, f"--folds {folds} --fold {fold} leave no image for {name}: take "
+                      "another fold, fewer folds or more images")
+        for name, limit in (limits or {}).items():
+            if len(parts.get(name, ())) > limit:
+                parts[name] = sorted(random.Random(seed).sample(parts[name], limit))
+        return parts
+
+    def load(self, parts: Mapping[str, list[str]], *, rescale_factor: int,
+             workers: int) -> tuple[PneumoniaDataset, dict[str, list[int]]]:
+        """Prepares the images of all parts {name: ids}; returns the data set and the indices of
+        each part, both without the images that cannot be read."""
+        files = {key: self.files[key] for ids in parts.values() for key in ids}
+        dataset = PneumoniaDataset(files, self.labels, side=IMAGE_SIDE // rescale_factor,
+                                   workers=workers)
+        warn("images have remarks", [f"{path} {note}" for path, note in dataset.notes])
+        warn("images cannot be read and are left out",
+             [f"{path} {problem}" for path, problem in dataset.skipped])
+        index_of = {patient_id: index for index, patient_id in enumerate(dataset.patient_ids)}
+        return dataset, {name: [index_of[key] for key in ids if key in index_of]
+                         for name, ids in parts.items()}
 
 
-def find_labelled(data: Path, labels: Path, output: Path) -> Labelled:
-    """The images in folder `data` that the table `labels` names, without the results of a run in
+def find_labelled(data: Path, table: Path, output: Path) -> Labelled:
+    """The images in folder `data` that a label table names, without the results of a run in
     `output`.
 
     Raises InputError if there are too few to train on.
     """
-    boxes, views = read_labels(labels)
+    labels = read_labels(table)
     found, skipped = find_dicom_files(data, result_paths(output, data))
     warn("files are left out", [f"{path} {reason}" for path, reason in skipped])
-    warn("ids of the table have no image and are left out", sorted(boxes.keys() - found.keys()))
-    files = {key: found[key] for key in boxes if key in found}
-    opacities = {key: len(boxes[key]) > 0 for key in files}
-    positive = sum(opacities.values())
-    negative = len(opacities) - positive
-    if min(positive, negative) < FEWEST:
-        raise InputError(
-            f"{labels} and {data} share {positive} images with opacities and {negative} without; "
-            f"training needs {FEWEST} of each: check --labels and --data")
-    return Labelled(files, boxes, views, opacities)
-
-
-def load_parts(labelled: Labelled, parts: Mapping[str, list[str]], *, rescale_factor: int,
-               workers: int) -> tuple[PneumoniaDataset, dict[str, list[int]]]:
-    """Prepares the images of all parts {name: ids}; returns the data set and the indices of each
-    part, both without the images that cannot be read."""
-    files = {key: labelled.files[key] for ids in parts.values() for key in ids}
-    dataset = PneumoniaDataset(files, labelled.boxes, views=labelled.views,
-                               rescale_factor=rescale_factor, workers=workers)
-    warn("images have remarks", [f"{path} {note}" for path, note in dataset.notes])
-    warn("images cannot be read and are left out",
-         [f"{path} {problem}" for path, problem in dataset.skipped])
-    index_of = {patient_id: index for index, patient_id in enumerate(dataset.patient_ids)}
-    return dataset, {name: [index_of[key] for key in ids if key in index_of]
-                     for name, ids in parts.items()}
-
-
-def split(opacities: Mapping[str, bool], *, seed: int, folds: int | None = None,
-          fold: int | None = None, limits: Mapping[str, int] | None = None) -> dict[str, list[str]]:
-    """Splits {patient_id: has_opacity} into the ids of each part: "training", "validation" and,
-    with folds, "test"; `limits` caps their numbers by random choice. Raises InputError for a part
-    without any."""
-    parts = {"training": [], "validation": []}
-    if folds:
-        outside, parts["test"] = split_fold(opacities, folds=folds, fold=fold)
-        opacities = {key: opacities[key] for key in outside}
-    parts["training"], parts["validation"] = split_patients(opacities, seed=seed)
-    for name, ids in parts.items():
-        if not ids:
-            raise InputError(f"--folds {folds} --fold {fold} leave no image for {name}: take "
-                             "another fold, fewer folds or more images")
-    for name, limit in (limits or {}).items():
-        if len(parts.get(name, ())) > limit:
-            parts[name] = sorted(random.Random(seed).sample(parts[name], limit))
-    return parts
+    warn("ids of the table have no image and are left out",
+         sorted(labels.boxes.keys() - found.keys()))
+    labels = labels.among(found)
+    positive = sum(labels.positive.values())
+    negative = len(labels.boxes) - positive
+    refuse_if(
+        min(positive, negative) < FEWEST,
+        f"{table} and {data} share {positive} images with opacities and {negative} without; "
+        f"training needs {FEWEST} of each: check --labels and --data")
+    return Labelled({key: found[key] for key in labels.boxes}, labels)
 
 
 def split_fold(patient_ids: Iterable[str], *, folds: int, fold: int) -> tuple[list[str], list[str]]:

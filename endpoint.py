@@ -180,7 +180,7 @@ def build_app() -> "FastAPI":  # noqa: F821, imported inside
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(__doc__.splitlines()[0])
     parser.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
     parser.add_argument("--port", type=cli.bounded(0, 65535, int), default=8000,
                         help="0 takes any free one (default: %(default)s)")

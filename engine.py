@@ -1,11 +1,12 @@
-"""The state of a training run, and passes over its images: an epoch, an evaluation, what is drawn.
+"""The state of a training run, and passes over its images: an epoch, an evaluation.
 
-The processes of a run (parallel.py) share epochs and evaluations; one of them draws.
+The processes of a run (parallel.py) share both.
 """
 
 import math
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,12 +18,41 @@ import cli
 import parallel
 from dataset import Augmentation, PneumoniaDataset
 from metrics import Evaluation, image_confidence, score_mask
-from model import PneumoniaUNET, Runtime
+from model import PneumoniaUNET, Runtime, load_checkpoint
 
 POSITIVE_WEIGHT = 2  # how much more often an image with opacities is drawn in training
 CHECK_STEPS = 20  # between checks of the loss, each of which waits for the GPU
 RANK_SEED = 1009  # difference between the augmentation seeds of neighbouring ranks
+NETWORK_FLAGS = "width", "alpha_leaky", "bn_eps", "bn_momentum"
 STATEFUL = ("optimizer", "scheduler", "scaler")  # what last.pth.tar adds to the model
+
+
+class Start(NamedTuple):
+    """What a run starts from: nothing, the weights of a checkpoint, or the state of a run."""
+    model: PneumoniaUNET | None = None
+    state: dict[str, Any] = {}  # content of the checkpoint
+
+    @classmethod
+    def of_file(cls, path: str | None) -> "Start":
+        """Of the file that --checkpoint names; raises InputError as load_checkpoint does."""
+        if not path:
+            return cls()
+        return cls(*load_checkpoint(cli.require(path, "file", flag="--checkpoint")))
+
+    @property
+    def continues(self) -> bool:
+        """Whether the checkpoint is the last.pth.tar of a run."""
+        return "optimizer" in self.state
+
+    def network(self) -> dict[str, Any]:
+        """The flags that the network was built with."""
+        config = {key: self.model.config[key] for key in NETWORK_FLAGS} if self.model else {}
+        factor = self.state.get("rescale_factor")
+        return config | {"rescale_factor": factor} if factor else config
+
+    def flags(self) -> dict[str, Any]:
+        """The flags that the run inherits."""
+        return self.network() | (self.state["args"] if self.continues else {})
 
 
 class Training:
@@ -47,6 +77,13 @@ class Training:
         self.loader.generator.manual_seed(seed)
         self.augmentation.generator.manual_seed(seed + RANK_SEED * self.runtime.rank)
 
+    def add_epoch(self, train_loss: float, figures: dict[str, float]) -> dict[str, float]:
+        """Adds an epoch to the history, with the `figures` of metrics.summarize; returns it."""
+        scores = {name: figures[name] for name in ("loss", "rsna", "total", "auc")}
+        self.history.append({"train_loss": train_loss, **scores,
+                             "learning_rate": self.scheduler.get_last_lr()[0]})
+        return self.history[-1]
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs, besides weights and history, so that the run can continue."""
         return {name: getattr(self, name).state_dict() for name in STATEFUL}
@@ -54,7 +91,8 @@ class Training:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the state and the history in a last.pth.tar."""
         self.history = state["history"]
-        # a run keeps the form it began with where it can; with a scaler, the one built here
+        # the optimizer's form, fused or not, changes the last bits: that of the run's beginning is
+        # kept, except with a scaler, which needs the form built here
         for group in state["optimizer"]["param_groups"]:
             if group.get("fused") or self.scaler.is_enabled():
                 group["fused"] = self.optimizer.defaults.get("fused")
@@ -70,8 +108,8 @@ def training_loader(dataset: PneumoniaDataset, indices: Sequence[int], batch_siz
                     runtime: Runtime) -> DataLoader:
     """Loads this process's share of training batches; its generator decides the order of images.
 
-    The sampler deals out whole batches of indices and the data set makes a batch of each, so the
-    loader itself does not batch: batch_size=None.
+    The sampler yields whole batches of indices, each of which the data set turns into a batch of
+    images, so the loader itself does not batch: batch_size=None.
     """
     generator = torch.Generator()
     weights = [POSITIVE_WEIGHT if len(dataset.boxes[index]) else 1 for index in indices]
@@ -90,14 +128,17 @@ def combined_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(logits, masks) + 0.5 * dice
 
 
-def train_one_epoch(training: Training, log: Callable[[int, list[float], float], None]) -> float:
-    """One pass over the loader; returns the mean loss. Calls log(last step, losses, learning rate)
-    every CHECK_STEPS steps; its step counts over all epochs. Raises InputError like check_losses.
+def train_one_epoch(training: Training, log: Callable[[int, list[float], float], None],
+                    ) -> tuple[float, float]:
+    """One pass over the loader; returns the mean loss and the images per second.
+
+    Calls log(last step, losses, learning rate) every CHECK_STEPS steps; its step counts over all
+    epochs. Raises InputError as check_losses does.
     """
     loader, runtime = training.loader, training.runtime
     optimizer, scheduler, scaler = training.optimizer, training.scheduler, training.scaler
     training.model.train()
-    pending, total = [], 0.0
+    started, pending, total = time.monotonic(), [], 0.0
     epoch = len(training.history) + 1
     batches = cli.progress(loader, total=len(loader), description=f"epoch {epoch}",
                            scale=loader.sampler.batch_size)
@@ -123,7 +164,8 @@ def train_one_epoch(training: Training, log: Callable[[int, list[float], float],
             total += sum(losses)
             pending.clear()
     parallel.share_statistics(training.model, runtime)
-    return total / len(loader)
+    images = min(len(loader) * loader.sampler.batch_size, len(loader.dataset))
+    return total / len(loader), images / (time.monotonic() - started)
 
 
 def check_losses(losses: Sequence[float], last_step: int, epoch: int,
@@ -138,7 +180,7 @@ def check_losses(losses: Sequence[float], last_step: int, epoch: int,
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, dataset: PneumoniaDataset, indices: Sequence[int],
-             runtime: Runtime, box_thresholds: Sequence[float], *,
+             box_thresholds: Sequence[float], *, runtime: Runtime,
              batch_size: int = 8) -> Evaluation:
     """One pass over images of the data set, with boxes found as in predict.py and scored at each
     box threshold. Processes share the batches; each returns the whole Evaluation.
@@ -163,5 +205,5 @@ def evaluate(model: nn.Module, dataset: PneumoniaDataset, indices: Sequence[int]
     losses, confidences, scores = zip(*parallel.gather(rows, runtime))
     positive = np.array([len(dataset.boxes[index]) > 0 for index in indices])
     views = np.array([dataset.views[index] for index in indices])
-    return Evaluation(float(np.mean(losses)), np.array(confidences), positive, views,
-                      np.array(scores))
+    return Evaluation(float(np.mean(losses)), box_thresholds, np.array(confidences), positive,
+                      views, np.array(scores))

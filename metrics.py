@@ -17,6 +17,7 @@ IOU_THRESHOLDS = (0.40, 0.45, 0.50, 0.55, 0.60, 0.65, 0.70, 0.75)
 # smallest region, as a share of the image; 99 % of the challenge's boxes exceed 9,624 / 1024**2
 MIN_AREA = 5000 / 1024**2
 TYPICAL_SIDES = (217 / 1024, 298 / 1024)  # the challenge's median width and height, as shares
+CURVE_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # box thresholds of scores.png
 BOX_THRESHOLDS = np.arange(1, 60) / 60  # what the search tries
 GATE_THRESHOLDS = np.arange(20) / 20
 BOOTSTRAPS = 200  # samples of the images for a standard error
@@ -32,6 +33,10 @@ class Thresholds(NamedTuple):
 
     def __str__(self):
         return f"box threshold {self.box:.2f}, gate threshold {self.gate:.2f} ({self.source})"
+
+    def and_curve(self) -> list[float]:
+        """The box threshold and those of the curve in scores.png."""
+        return [self.box, *CURVE_THRESHOLDS]
 
     def stored(self) -> dict[str, Any]:
         """The values by their names in checkpoints and metrics.json."""
@@ -49,12 +54,29 @@ class Thresholds(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """One pass of a network over N labelled images, at T box thresholds."""
+    """One pass of a network over N labelled images, with boxes found at T box thresholds."""
     loss: float
+    box_thresholds: Sequence[float]  # (T,)
     confidences: np.ndarray  # (N,) image_confidence of each mask
     positive: np.ndarray  # (N,) whether the image has a true box
     views: np.ndarray  # (N,) "AP", "PA" or ""
     scores: np.ndarray  # (N, T) average precision without a gate; NaN for a true negative
+
+    def scores_at(self, box: float, gate: float) -> np.ndarray:
+        """Scores (N,) at one of these box thresholds, with a gate."""
+        return gate_scores(self, gate)[:, list(self.box_thresholds).index(box)]
+
+    def summarize(self, thresholds: Thresholds) -> dict[str, float]:
+        """Figures at these thresholds, the box threshold being one of its own."""
+        scores = self.scores_at(thresholds.box, thresholds.gate)
+        figures = {"loss": self.loss, "rsna": float(mean_average_precision(scores)),
+                   "rsna_standard_error": float(bootstrap(scores).std()),
+                   "total": total_average_precision(scores),
+                   "auc": roc_auc(self.confidences, self.positive)}
+        for view in ("AP", "PA"):
+            part = self.views == view
+            figures[f"auc_{view}"] = roc_auc(self.confidences[part], self.positive[part])
+        return figures
 
 
 def rescale_boxes(boxes, from_size: tuple[int, int], to_size: tuple[int, int]) -> np.ndarray:
@@ -200,21 +222,8 @@ def gate_scores(evaluation: Evaluation, gate: float) -> np.ndarray:
     return np.where(evaluation.confidences[:, None] >= gate, evaluation.scores, below)
 
 
-def summarize(evaluation: Evaluation, gate: float) -> dict[str, float]:
-    """Figures of an Evaluation at a gate and the first of its box thresholds."""
-    scores = gate_scores(evaluation, gate)[:, 0]
-    confidences, positive = evaluation.confidences, evaluation.positive
-    figures = {"loss": evaluation.loss, "rsna": float(mean_average_precision(scores)),
-               "rsna_standard_error": float(bootstrap(scores).std()),
-               "total": total_average_precision(scores), "auc": roc_auc(confidences, positive)}
-    for view in ("AP", "PA"):
-        part = evaluation.views == view
-        figures[f"auc_{view}"] = roc_auc(confidences[part], positive[part])
-    return figures
-
-
 def score_lines(figures: dict[str, float], images: int) -> list[str]:
-    """Lines that scripts print of the figures of summarize; the last two are the tutorial's."""
+    """Lines that scripts print of Evaluation.summarize; the last two are the tutorial's."""
     views = [f"{view} {figures[f'auc_{view}']:.4f}" for view in ("AP", "PA")
              if not np.isnan(figures[f"auc_{view}"])]
     within = f" (within views: {', '.join(views)})" if views else ""

@@ -1,4 +1,4 @@
-"""Divides the work among the processes of `torchrun` and puts their results together.
+"""Divides the work among the processes of `torchrun`.
 
 Every process has a Runtime with its `rank`, 0 to `world` - 1. With a single process the functions
 below change nothing.
@@ -7,9 +7,11 @@ below change nothing.
 import os
 import pickle
 import signal
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,33 +19,79 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, Sampler
 
-from cli import STOP_SIGNALS, InputError
-from model import Runtime
+import cli
+from model import Runtime, choose_runtime
 
-PATIENCE = timedelta(hours=6)  # while one process prepares or draws the images
+PATIENCE = timedelta(hours=1)  # while one process prepares or draws the images
+FIRST_SECONDS = 10  # for the first process to report an error that all have
 
 
-def join(runtime: Runtime) -> Runtime:
-    """Connects this process to the others that torchrun started, and gives each a GPU of its own.
+class Launch(NamedTuple):
+    """What a launcher says of this process in its variables."""
+    world: int = 1  # number of processes
+    local_rank: int = 0  # of this process among those on its machine
+    local_world: int = 1  # number of processes on this machine
 
-    Raises InputError if there are fewer GPUs than processes.
+
+def find_launch() -> Launch:
+    """The Launch of torchrun or a launcher like it. Variables that another program has left over
+    are those of a single process."""
+    def number(name: str, default: int) -> int:
+        text = os.environ.get(name, "").strip()
+        return int(text) if text.isdigit() else default
+
+    if number("WORLD_SIZE", 1) < 2 or number("RANK", -1) < 0:
+        return Launch()
+    return Launch(number("WORLD_SIZE", 1), number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1))
+
+
+def run(main: Callable[[], int]) -> None:
+    """Runs a script's `main` like cli.run: of the processes on a machine, the first alone prints,
+    and it alone reports an error that all of them have."""
+    is_first = find_launch().local_rank == 0
+    if not is_first:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+
+    def run_in_turn() -> int:
+        try:
+            return main()
+        except Exception as error:
+            if not is_first:  # torchrun stops this process if the first one fails, too
+                cli.on_stop(signal.SIG_DFL)
+                time.sleep(FIRST_SECONDS)
+                sys.stderr = sys.__stderr__
+            if isinstance(error, RuntimeError) and "gloo/" in str(error):
+                raise cli.Failure("another process of this run has ended") from None
+            raise
+    cli.run(run_in_turn)
+
+
+def join(device: str, precision: str) -> Runtime:
+    """The Runtime of choose_runtime. Connects this process to the others that torchrun started, and
+    gives each a GPU of its own.
+
+    Raises InputError as choose_runtime does, if there are fewer GPUs than processes, and if a
+    variable is missing.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
+    runtime, launch = choose_runtime(device, precision), find_launch()
+    if launch.world == 1:
         return runtime
-    device, backend = runtime.device, "gloo"
-    if device.type == "cuda":
-        processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        if processes > gpus:
-            raise InputError(f"processes: {processes}, GPUs: {gpus}; lower --nproc-per-node")
-        device, backend = torch.device("cuda", _local_rank()), "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(device)
-    # while it waits for the others, a handler of Python would not be called
-    handlers = {signum: signal.signal(signum, signal.SIG_DFL) for signum in STOP_SIGNALS}
-    dist.init_process_group(backend, timeout=PATIENCE)
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
-    return runtime._replace(device=device, rank=dist.get_rank(), world=world)
+    place, backend = runtime.device, "gloo"
+    if place.type == "cuda":
+        gpus = torch.cuda.device_count()
+        if launch.local_world > gpus:
+            raise cli.InputError(
+                f"processes: {launch.local_world}, GPUs: {gpus}; lower --nproc-per-node")
+        place, backend = torch.device("cuda", launch.local_rank), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(place)
+    cli.on_stop(signal.SIG_DFL)  # while it waits for the others, no handler would be called
+    try:
+        dist.init_process_group(backend, timeout=PATIENCE)
+    except ValueError as error:  # a launcher's variable is missing
+        raise cli.InputError(f"{launch.world} processes cannot be connected ({error}): start them "
+                             "with torchrun, or unset WORLD_SIZE") from None
+    cli.on_stop(cli.stop)
+    return runtime._replace(device=place, rank=dist.get_rank(), world=launch.world)
 
 
 def leave(runtime: Runtime) -> None:
@@ -53,17 +101,14 @@ def leave(runtime: Runtime) -> None:
         dist.destroy_process_group()
 
 
-def _local_rank():
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
 def once(make: Callable[[], Any], runtime: Runtime) -> Any:
     """Calls `make` in one process of each machine and returns its result in all of them."""
     if runtime.world == 1:
         return make()
-    made = make() if _local_rank() == 0 else None
+    rank = find_launch().local_rank
+    made = make() if rank == 0 else None
     pickles = gather([pickle.dumps(made)], runtime)  # those of other machines stay closed
-    return pickle.loads(pickles[runtime.rank - _local_rank()]) if made is None else made
+    return pickle.loads(pickles[runtime.rank - rank]) if rank else made
 
 
 def share(items: Sequence, runtime: Runtime) -> Sequence:

@@ -22,12 +22,11 @@ import torch
 import cli
 import metrics
 import parallel
-from data_processing import Labels, read_labels
-from model import Runtime, choose_runtime, load_checkpoint
+from data_processing import Labels, read_labels, refuse_mixture
+from model import Runtime, load_checkpoint
 from radiographs import Reading, find_radiographs, read_images
-from radiographs.files import refuse_mixture, result_paths
+from radiographs.files import result_paths
 from results import (
-    CURVE_THRESHOLDS,
     IMAGE_SIZE,
     Overlay,
     Row,
@@ -104,7 +103,7 @@ class Results:
         self.rows.append(row_of(overlay))
         if truth is not None:
             self.scores.append(metrics.score_mask(
-                mask, overlay.original_size, truth, [self.thresholds.box, *CURVE_THRESHOLDS],
+                mask, overlay.original_size, truth, self.thresholds.and_curve(),
                 self.thresholds.size_weight))
         return overlay
 
@@ -149,7 +148,7 @@ class Results:
             evaluation = self._evaluation()
             draw_scores(output, evaluation, self.thresholds)
             plots.append("scores.png")
-            figures = metrics.summarize(evaluation, self.thresholds.gate)
+            figures = evaluation.summarize(self.thresholds)
             lines = metrics.score_lines(figures, len(self.scores))
         rows = [*self.rows, *(Row(str(path), "skipped", reason) for path, reason in self.skipped)]
         path = write_report(output, rows, lines=[str(self.thresholds), summary, *lines],
@@ -162,7 +161,8 @@ class Results:
     def _evaluation(self):
         rows = [row for row in self.rows if row.true_boxes is not None]
         return metrics.Evaluation(
-            loss=float("nan"), confidences=np.array([row.confidence for row in rows]),
+            loss=float("nan"), box_thresholds=self.thresholds.and_curve(),
+            confidences=np.array([row.confidence for row in rows]),
             positive=np.array([row.true_boxes > 0 for row in rows]),
             views=np.array([self.labels.views[row.patient_id] for row in rows]),
             scores=np.array(self.scores))
@@ -176,8 +176,8 @@ class Results:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(description=__doc__.splitlines()[0])
-    add = parser.add_argument_group("files").add_argument
+    parser = cli.Parser(__doc__.splitlines()[0])
+    add = parser.add_to_files
     data = cli.default_path("TRAINML_DATA_PATH")
     shown = data.replace("%", "%%")  # argparse fills in what follows a percent sign
     add("--data", "-d", nargs="+", default=[data],
@@ -188,7 +188,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="folder for the results (default: %(default)s)")
     add("--labels",
         help="train.csv or label table of these images: adds scores and true boxes")
-    add("--save-images", default=True, action=cli.Switch,
+    add("--save-images", action=argparse.BooleanOptionalAction,
         help="write annotated PNG images (default: on)")
     add = parser.add_argument_group("what is marked and drawn").add_argument
     add("--box-threshold", "--bt", type=cli.bounded(0, 1),
@@ -197,14 +197,16 @@ def make_parser() -> argparse.ArgumentParser:
         help="highest probability below which an image has no boxes (default: the checkpoint's)")
     add("--image-size", type=cli.bounded(64, 8192, int), default=IMAGE_SIZE,
         help="longest side of the annotated images in pixels (default: %(default)s)")
-    add("--heat", default=False, action=cli.Switch, help="tint images by the mask (default: off)")
+    add("--heat", action=argparse.BooleanOptionalAction,
+        help="tint images by the mask (default: off)")
     parser.add_runtime_options(batch_size=16, rescale_factor=None)
+    parser.set_defaults(save_images=True, heat=False)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    runtime = parallel.join(choose_runtime(args.device, args.precision))
+    runtime = parallel.join(args.device, args.precision)
     sources = [cli.require(path, "data", flag="--data", variable="TRAINML_DATA_PATH")
                for path in args.data]
     path = cli.require(args.model, "file", flag="--model", variable="TRAINML_MODEL_PATH")
@@ -219,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         labels = read_labels(cli.require(args.labels, "file", flag="--labels"))
 
     # files
-    output = cli.require(args.output, "output", flag="--output", variable="TRAINML_OUTPUT_PATH")
+    output = cli.output_folder(args.output, flag="--output", variable="TRAINML_OUTPUT_PATH")
     leave_out = [path for source in sources for path in result_paths(output, source)]
     files, skipped = parallel.once(partial(find_radiographs, sources, leave_out), runtime)
     if not files and not skipped:
@@ -252,4 +254,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    parallel.run(main)

@@ -10,7 +10,6 @@ have the challenge's sizes, but 40 % of the images are positive (22.5 % there), 
 sample has enough to learn from.
 """
 
-import argparse
 import functools
 import io
 import json
@@ -29,11 +28,9 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGBaseline8Bit, SecondaryCaptureImageStorage, generate_uid
 
 import cli
-import data_processing
-from radiographs.files import MARKER, TEST_IMAGES, TRAIN_IMAGES
 
-IMAGES = TRAIN_IMAGES, TEST_IMAGES
-TABLES = *data_processing.TABLES, "stage_2_test_labels.csv"
+IMAGES = cli.TRAIN_IMAGES, cli.TEST_IMAGES
+TABLES = cli.LABELS, cli.CLASSES, cli.TEST_LABELS
 COLUMNS = "patientId", "x", "y", "width", "height", "Target", "class"
 SIDE, CELL = cli.IMAGE_SIDE, 4  # pixels a side of an image, and of a cell of the drawing grid
 # middle of each cell, (G, G) with G = SIDE / CELL = 256
@@ -303,7 +300,7 @@ def write_tables(folder: Path, patients: list, new_patients: list) -> None:
 def earlier_ids(folder: Path) -> set[str] | None:
     """Patient ids that an earlier run made in the folder; None if it has no readable marker."""
     try:
-        made = json.loads((folder / MARKER).read_text())
+        made = json.loads((folder / cli.MARKER).read_text())
         return {patient_id_of(made["seed"], split, index)
                 for split, name in enumerate(("train", "test")) for index in range(made[name])}
     except (OSError, ValueError, KeyError, TypeError):
@@ -334,8 +331,10 @@ def remove_earlier(folder: Path) -> None:
             path.unlink()
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__.splitlines()[0])
+    parser.add_path("--output", kind="output", help="folder for the data set",
+                    variable="TRAINML_DATA_PATH")
     add = parser.add_argument
     add("--train", type=cli.bounded(1, math.inf, int), default=240,
         help="number of training images (default: %(default)s)")
@@ -343,19 +342,19 @@ def make_parser() -> argparse.ArgumentParser:
         help="number of test images (default: %(default)s)")
     add("--seed", type=cli.bounded(0, math.inf, int), default=42,
         help="the same seed gives the same data (default: %(default)s)")
-    add("--output", default=cli.default_path("TRAINML_DATA_PATH"),
-        help="folder for the data set (default: %(default)s)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
-    folder = cli.require(args.output, "output", flag="--output", variable="TRAINML_DATA_PATH")
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    parser.check_paths(args)
+    folder = Path(args.output)
     remove_earlier(folder)
     made = {"train": args.train, "test": args.test, "seed": args.seed}
-    cli.write_text(folder / MARKER, json.dumps(made))
-    patients = write_images(folder / TRAIN_IMAGES, args.train, seed=args.seed, split=0)
-    new_patients = write_images(folder / TEST_IMAGES, args.test, seed=args.seed, split=1)
+    cli.write_text(folder / cli.MARKER, json.dumps(made))
+    patients = write_images(folder / cli.TRAIN_IMAGES, args.train, seed=args.seed, split=0)
+    new_patients = write_images(folder / cli.TEST_IMAGES, args.test, seed=args.seed, split=1)
     write_tables(folder, patients, new_patients)
     counts = [len(boxes) for _, _, boxes in patients if boxes]
     is_default = args.output == cli.default_path("TRAINML_DATA_PATH")

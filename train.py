@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -24,11 +23,11 @@ from torch.utils.data import DataLoader
 
 import cli
 import parallel
-from dataset import PneumoniaDataset, find_labelled, load_parts, split
-from engine import Training, evaluate, train_one_epoch, training_loader
-from metrics import Thresholds, choose_thresholds, summarize
-from model import PneumoniaUNET, Runtime, choose_runtime, load_checkpoint
-from results import CURVE_THRESHOLDS, IMAGE_SIZE, Records, check_disk, overlays
+from dataset import PneumoniaDataset, find_labelled
+from engine import Start, Training, evaluate, train_one_epoch, training_loader
+from metrics import Thresholds, choose_thresholds
+from model import PneumoniaUNET, Runtime
+from results import Records
 
 OPTIMIZERS = {  # class, devices with a fused form since PyTorch 2.6, default overrides
     "adam": (torch.optim.Adam, ("cpu", "cuda"), {"lr": 5e-4}),
@@ -40,63 +39,30 @@ OPTIMIZERS = {  # class, devices with a fused form since PyTorch 2.6, default ov
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 DEBUG_EPOCHS, DEBUG_STEPS, DEBUG_VALIDATION_STEPS, DEBUG_IMAGES = 2, 50, 10, 100
 LARGEST_SEED = 10**9  # PyTorch takes 64 bits, of which Training.seed_epoch needs some
-SHOWN, SHOWN_SIZE = 4, 512  # validation images in TensorBoard every epoch; their longest side
 # flags that a continued run does not inherit, and those that it may change
 PATH_FLAGS = ("data", "labels", "save", "checkpoint", "device", "workers")
 CHANGEABLE = ("epochs", "train_threshold", "save_images", "box_threshold", "gate_threshold",
               "precision")
 
 
-class Setup(NamedTuple):
-    """What main builds before the first step."""
-    training: Training
-    dataset: PneumoniaDataset
-    parts: dict[str, list[int]]  # indices of the images of each part
-    thresholds: Thresholds  # given by flags, or the defaults
-    arguments: dict[str, Any]  # as plain values
-
-    @property
-    def validation(self) -> list[int]:
-        """Indices of the images that are scored after every epoch; fewer with --debug."""
-        limit = DEBUG_VALIDATION_STEPS * self.arguments["batch_size"]
-        return self.parts["validation"][:limit if self.arguments["debug"] else None]
-
-    @property
-    def scored(self) -> list[int]:
-        """Indices of the images that are scored at the end: the fold's if there is one."""
-        return self.parts.get("test", self.parts["validation"])
-
-    @property
-    def shown(self) -> list[int]:
-        """Indices of the validation images with opacities that TensorBoard shows."""
-        return [index for index in self.validation if len(self.dataset.boxes[index])][:SHOWN]
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Counts of images, as metrics.json names them."""
-        parts = {f"{name}_images": len(part) for name, part in self.parts.items()}
-        return {**parts, "skipped_images": len(self.dataset.skipped),
-                "scored_images": len(self.scored)}
-
-
 # Arguments
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(description=__doc__.splitlines()[0])
-    add = parser.add_argument_group("files").add_argument
-    add("--data", "-d", default=cli.default_path("TRAINML_DATA_PATH", "stage_2_train_images"),
-        help="folder of DICOM files (default: %(default)s)")
-    add("--labels", "-l", default=cli.default_path("TRAINML_MODEL_PATH", "train.csv"),
-        help="train.csv, as data_processing.py writes it (default: %(default)s)")
-    add("--save", default=cli.default_path("TRAINML_OUTPUT_PATH"),
-        help="folder for checkpoints, images, logs and metrics (default: %(default)s)")
-    add("--checkpoint", help="last.pth.tar of a run to continue, or weights to start from")
-    add("--save-images", default=True, action=cli.Switch,
-        help="write annotated images of the radiographs scored at the end (default: on)")
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__.splitlines()[0])
+    parser.add_path("--data", "-d", kind="folder", help="folder of DICOM files",
+                    variable="TRAINML_DATA_PATH", part=cli.TRAIN_IMAGES)
+    parser.add_path("--labels", "-l", kind="file", help="train.csv of these images",
+                    variable="TRAINML_MODEL_PATH", part="train.csv",
+                    written_by="python data_processing.py")
+    parser.add_path("--save", kind="output", variable="TRAINML_OUTPUT_PATH",
+                    help="folder for checkpoints, images, logs and metrics")
+    parser.add_path("--checkpoint", kind="file",
+                    help="last.pth.tar of a run to continue, or weights to start from")
     add_run_options(parser.add_argument_group("the run").add_argument)
     add_recipe_options(parser.add_argument_group("optimizer and network").add_argument)
     parser.add_runtime_options(batch_size=8, rescale_factor=4)
+    parser.set_defaults(save_images=True, debug=False, train_threshold=False)
     return parser
 
 
@@ -104,14 +70,16 @@ def add_run_options(add: Callable) -> None:
     """Flags on how long a run is and what it is scored on."""
     add("--epochs", "-e", type=cli.bounded(1, math.inf, int), default=2,
         help="passes over the training images (default: %(default)s)")
-    add("--debug", default=False, action=cli.Switch,
+    add("--debug", action=argparse.BooleanOptionalAction,
         help="a short run: 2 epochs of 50 steps, 100 images scored, no search (default: off)")
     add("--seed", "-s", type=cli.bounded(0, LARGEST_SEED, int), default=42,
         help="random seed (default: %(default)s)")
     add("--folds", type=cli.bounded(2, math.inf, int),
         help="cross-validation: number of folds, one of which is left out and scored")
     add("--fold", type=cli.bounded(0, math.inf, int), help="the fold that is left out, from 0")
-    add("--train-threshold", default=False, action=cli.Switch,
+    add("--save-images", action=argparse.BooleanOptionalAction,
+        help="write annotated images of the radiographs scored at the end (default: on)")
+    add("--train-threshold", action=argparse.BooleanOptionalAction,
         help="search the two thresholds on the validation images (default: off)")
     add("--box-threshold", "--bt", type=cli.bounded(0, 1), default=Thresholds().box,
         help="mask probability above which a pixel belongs to a box, 0 to 1 (default: %(default)s)")
@@ -121,7 +89,7 @@ def add_run_options(add: Callable) -> None:
 
 def add_recipe_options(add: Callable) -> None:
     """The flags of optimizer and network."""
-    above_0 = cli.bounded(1e-30, math.inf)
+    above_0 = cli.bounded(0, math.inf, above=True)
     add("--optimizer", "-o", default="adam", choices=list(OPTIMIZERS),
         help="one of PyTorch's optimizers (default: %(default)s)")
     add("--learning-rate", "--lr", type=above_0,
@@ -149,63 +117,55 @@ def _defaults(key):
     return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
 
 
-def parse_args(argv: Sequence[str] | None = None,
-               ) -> tuple[argparse.Namespace, PneumoniaUNET | None, dict]:
-    """Returns the arguments, the model of the --checkpoint file or None, and the rest of that file
-    if it belongs to a run to continue, else {}.
+def parse_args(argv: Sequence[str] | None = None, start: Start = Start()) -> argparse.Namespace:
+    """The flags, checked; those that are not given are inherited from `start`, or have their
+    defaults.
 
-    If a run continues, its flags are the defaults. Raises InputError as check_args does, and for a
-    flag that the run to continue does not allow.
+    Raises InputError for a flag that would have no effect, flags that do not go together or with
+    `start`, and paths that cannot be used.
     """
-    parser, model, state = make_parser(), None, {}
+    parser = make_parser()
+    parser.set_defaults(**{key: value for key, value in start.flags().items()
+                           if key not in PATH_FLAGS})
     args = parser.parse_args(argv)
-    if args.checkpoint:
-        path = cli.require(args.checkpoint, "file", flag="--checkpoint")
-        model, checkpoint = load_checkpoint(path)
-        parser.set_defaults(width=model.config["width"])
-        if "optimizer" in checkpoint:
-            state = checkpoint
-            inherited = state["args"].keys() - PATH_FLAGS
-            parser.set_defaults(**{key: state["args"][key] for key in inherited})
-        args = parser.parse_args(argv)
-    if state:
-        check_continued(args, state)
-    check_args(args)
+    check_start(args, start)
+    check_flags(args)
     if args.learning_rate is None:
         *_, defaults = OPTIMIZERS[args.optimizer]
         args.learning_rate = defaults["lr"]
     if args.debug:
         args.epochs, args.train_threshold = min(args.epochs, DEBUG_EPOCHS), False
-    return args, model, state
+    return args
 
 
-def check_continued(args: argparse.Namespace, state: dict) -> None:
-    """Raises InputError for another recipe than that of the run to continue, or fewer epochs."""
-    for key, value in state["args"].items():
+def check_start(args: argparse.Namespace, start: Start) -> None:
+    """Refuses another network than that of `start` and, for a run that continues, another recipe
+    or fewer epochs than it has done."""
+    for key, value in start.network().items():
+        cli.refuse_if(getattr(args, key) != value, f"the checkpoint's network has {key} {value}: "
+                      f"give --{key.replace('_', '-')} {value}")
+    if start.model:
+        start.model.check_side(args.rescale_factor, args.batch_size)
+    for key, value in start.state.get("args", {}).items():
         flag, given = f"--{key.replace('_', '-')}", getattr(args, key)
-        _refuse_if(key not in PATH_FLAGS + CHANGEABLE and given != value,
-                   f"{flag} {given}: the run to continue has {value}; leave the flag out")
-    done = len(state["history"])
-    _refuse_if(args.epochs < done, f"--epochs {args.epochs}: the run to continue has done {done}; "
-               f"give {done} or more")
+        cli.refuse_if(key not in PATH_FLAGS + CHANGEABLE and given != value,
+                      f"{flag} {given}: the run to continue has {value}; leave the flag out")
+    done = len(start.state.get("history", ()))
+    cli.refuse_if(args.epochs < done, f"--epochs {args.epochs}: the run to continue has done "
+                  f"{done}; give {done} or more")
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Raises InputError for flags that would have no effect or do not go together."""
-    _refuse_if(args.momentum is not None and args.optimizer != "sgd",
-               "--momentum acts on --optimizer sgd alone")
-    _refuse_if(args.eps is not None and args.optimizer == "sgd",
-               "--eps has no effect on --optimizer sgd")
-    _refuse_if((args.folds is None) != (args.fold is None),
-               "--folds and --fold go together: give both or neither")
-    if args.folds is not None:
-        _refuse_if(args.fold >= args.folds, f"--fold {args.fold}: with --folds {args.folds} the "
-                   f"last fold is {args.folds - 1}")
-
-
-def _refuse_if(wrong, message):
-    if wrong:
-        raise cli.InputError(message)
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuses flags that would have no effect or do not go together."""
+    cli.refuse_if(args.momentum is not None and args.optimizer != "sgd",
+                  "--momentum acts on --optimizer sgd alone")
+    cli.refuse_if(args.eps is not None and args.optimizer == "sgd",
+                  "--eps has no effect on --optimizer sgd")
+    cli.refuse_if((args.folds is None) != (args.fold is None),
+                  "--folds and --fold go together: give both or neither")
+    cli.refuse_if(args.folds is not None and args.fold >= args.folds,
+                  f"--fold {args.fold}: with --folds {args.folds} the last fold is "
+                  f"{(args.folds or 0) - 1}")
 
 
 # What a run is built from
@@ -216,22 +176,16 @@ def build_data(args: argparse.Namespace) -> tuple[PneumoniaDataset, dict[str, li
     limits = {"training": DEBUG_STEPS * args.batch_size, "validation": DEBUG_IMAGES,
               "test": DEBUG_IMAGES}
     labelled = find_labelled(Path(args.data), Path(args.labels), Path(args.save))
-    ids = split(labelled.opacities, seed=args.seed, folds=args.folds, fold=args.fold,
-                limits=limits if args.debug else {})
-    return load_parts(labelled, ids, rescale_factor=args.rescale_factor, workers=args.workers)
+    parts = labelled.split(seed=args.seed, folds=args.folds, fold=args.fold,
+                           limits=limits if args.debug else {})
+    return labelled.load(parts, rescale_factor=args.rescale_factor, workers=args.workers)
 
 
-def build_model(args: argparse.Namespace, model: PneumoniaUNET | None = None) -> PneumoniaUNET:
-    """A new network, or the checkpoint's if the flags fit it; raises InputError if not."""
-    if model is None:
-        return PneumoniaUNET.for_images(
-            args.rescale_factor, width=args.width, alpha_leaky=args.alpha_leaky,
-            bn_eps=args.bn_eps, bn_momentum=args.bn_momentum)
-    for key, value in model.config.items():
-        _refuse_if(getattr(args, key, value) != value, f"the checkpoint's network has {key} "
-                   f"{value}: give --{key.replace('_', '-')} {value}")
-    model.check_side(args.rescale_factor, args.batch_size)
-    return model
+def build_model(args: argparse.Namespace) -> PneumoniaUNET:
+    """A new network, with random weights."""
+    return PneumoniaUNET.for_images(
+        args.rescale_factor, width=args.width, alpha_leaky=args.alpha_leaky, bn_eps=args.bn_eps,
+        bn_momentum=args.bn_momentum)
 
 
 def build_optimizer(model: torch.nn.Module, args: argparse.Namespace,
@@ -256,131 +210,98 @@ def build_optimizer(model: torch.nn.Module, args: argparse.Namespace,
     return optimizer, LambdaLR(optimizer, lr_factor)
 
 
-def build_training(model: PneumoniaUNET, loader: DataLoader, args: argparse.Namespace,
+def build_training(model: PneumoniaUNET, train_loader: DataLoader, args: argparse.Namespace,
                    runtime: Runtime) -> Training:
     """Moves the model to the device and builds all that its training needs."""
     model = model.to(runtime.device, memory_format=torch.channels_last)
-    optimizer, scheduler = build_optimizer(model, args, args.epochs * len(loader))
-    return Training(model, optimizer, scheduler, loader, runtime)
+    optimizer, scheduler = build_optimizer(model, args, args.epochs * len(train_loader))
+    return Training(model, optimizer, scheduler, train_loader, runtime)
 
 
-def build_records(setup: Setup) -> contextlib.AbstractContextManager[Records | None]:
+def build_records(args: argparse.Namespace, training: Training, dataset: PneumoniaDataset,
+                  parts: dict[str, list[int]]) -> contextlib.AbstractContextManager[Records | None]:
     """The Records of the run in --save; None in all processes but the first."""
-    if setup.training.runtime.rank > 0:
+    if training.runtime.rank > 0:
         return contextlib.nullcontext()
-    records = Records(Path(setup.arguments["save"]), setup.arguments, setup.training)
-    records.begin(setup.dataset, setup.parts)
-    return records
+    return Records(Path(args.save), vars(args), training, dataset, parts)
 
 
 def build_thresholds(args: argparse.Namespace) -> Thresholds:
     """The Thresholds of --box-threshold and --gate-threshold."""
-    pair = args.box_threshold, args.gate_threshold
-    source = "defaults" if pair == Thresholds()[:2] else "given by flags"
-    return Thresholds(*pair, source)
-
-
-def check_paths(args: argparse.Namespace) -> Path:
-    """The folder --save, which must be writable; the other paths must exist."""
-    cli.require(args.data, "folder", flag="--data", variable="TRAINML_DATA_PATH")
-    cli.require(args.labels, "file", variable="TRAINML_MODEL_PATH",
-                flag="--labels (python data_processing.py writes one)")
-    return cli.require(args.save, "output", flag="--save", variable="TRAINML_OUTPUT_PATH")
+    thresholds = Thresholds(args.box_threshold, args.gate_threshold)
+    return thresholds if thresholds == Thresholds() else thresholds._replace(
+        source="given by flags")
 
 
 # The story of a run
 
 
-def fit(setup: Setup, records: Records | None) -> None:
-    """Trains the epochs that are not in the training's history yet, and adds them to it."""
-    training, thresholds, epochs = setup.training, setup.thresholds, setup.arguments["epochs"]
-    log = records.log_steps if records else lambda *_: None
-    for epoch in range(len(training.history) + 1, epochs + 1):
-        training.seed_epoch(setup.arguments["seed"], epoch)
-        started = time.monotonic()
-        train_loss = train_one_epoch(training, log)
-        images = min(len(training.loader) * training.loader.sampler.batch_size,
-                     len(setup.parts["training"]))
-        speed = images / (time.monotonic() - started)
+def main(argv: Sequence[str] | None = None) -> int:
+    laps = [time.monotonic()]
+    start = Start.of_file(make_parser().parse_args(argv).checkpoint)
+    args = parse_args(argv, start)
+    make_parser().check_paths(args)
+    runtime = parallel.join(args.device, args.precision)
+    print(*(f"{key}={value}" for key, value in vars(args).items()),
+          f"on {runtime.device.type} in {runtime.dtype}")
 
-        evaluation = evaluate(training.model, setup.dataset, setup.validation, training.runtime,
-                              [thresholds.box], batch_size=setup.arguments["batch_size"])
-        figures = summarize(evaluation, thresholds.gate)
-        scores = {name: figures[name] for name in ("loss", "rsna", "total", "auc")}
-        learning_rate = training.scheduler.get_last_lr()[0]
-        training.history.append(
-            {"train_loss": train_loss, **scores, "learning_rate": learning_rate})
+    # 1. network and data; every image is decoded once
+    torch.manual_seed(args.seed)
+    model = start.model or build_model(args)
+    Records.check_disk(Path(args.save), model)
+    dataset, parts = parallel.once(partial(build_data, args), runtime)
+    print(" and ".join(f"{len(part)} {name}" for name, part in parts.items()), "images")
+    train_loader = training_loader(dataset, parts["training"], args.batch_size, runtime)
+    laps.append(time.monotonic())
+
+    # 2. optimizer and schedule; a run that continues restores their states
+    training = build_training(model, train_loader, args, runtime)
+    if start.continues:
+        training.load_state_dict(start.state)
+
+    # 3. epochs
+    thresholds = build_thresholds(args)
+    score = partial(evaluate, model, dataset, runtime=runtime, batch_size=args.batch_size)
+    with build_records(args, training, dataset, parts) as records:
+        fit(training, partial(score, watched_images(parts, args)), thresholds, args, records)
+        laps.append(time.monotonic())
+
+        # 4. final score; the learning rate ended near 0, so the last weights are those that the run
+        # was made for, and the best epoch is mostly luck (docs/experiments.md)
+        if args.train_threshold:
+            thresholds = choose_thresholds(partial(score, parts["validation"]), thresholds)
+        scored = parts.get("test", parts["validation"])  # the fold, if one was left out
+        evaluation = score(scored, thresholds.and_curve())
+        if records:
+            records.finish(evaluation, thresholds, scored, laps)
+    parallel.leave(runtime)
+    # the model is good, but a fault of these scripts that cost images must not go unnoticed
+    return 1 if dataset.internal_errors else 0
+
+
+def fit(training: Training, score: Callable, thresholds: Thresholds, args: argparse.Namespace,
+        records: Records | None) -> None:
+    """Trains the epochs that are not in the training's history yet; `score` evaluates each on
+    validation images at given box thresholds."""
+    log = records.log_steps if records else lambda *_: None
+    for epoch in range(len(training.history) + 1, args.epochs + 1):
+        training.seed_epoch(args.seed, epoch)
+        train_loss, speed = train_one_epoch(training, log)
+        evaluation = score([thresholds.box])
+        scores = training.add_epoch(train_loss, evaluation.summarize(thresholds))
         if records:
             records.save_epoch(thresholds)
-            records.log_epoch(evaluation, speed, overlays(
-                training.model, setup.dataset, setup.shown, training.runtime, thresholds,
-                image_size=SHOWN_SIZE))
-        print(f"epoch {epoch}/{epochs}: loss {train_loss:.4f}, validation loss "
+            records.log_epoch(evaluation, thresholds, speed)
+        print(f"epoch {epoch}/{args.epochs}: loss {train_loss:.4f}, validation loss "
               f"{scores['loss']:.4f}, RSNA mAP {scores['rsna']:.4f}, total AP "
               f"{scores['total']:.4f}, AUC {scores['auc']:.4f}, {speed:.1f} images/s")
 
 
-def hand_over(setup: Setup, records: Records | None) -> tuple[Thresholds, dict[str, float]]:
-    """Writes final.pth.tar: the last epoch's weights and the thresholds to use, searched on the
-    validation images with --train-threshold. Scores and draws the images `setup.scored`; returns
-    the thresholds and their figures.
-
-    The learning rate ends near 0, so the last weights are the ones that the run was made for; the
-    best epoch on a small validation set is mostly luck (docs/experiments.md).
-    """
-    model, runtime, arguments = setup.training.model, setup.training.runtime, setup.arguments
-    score = partial(evaluate, model, setup.dataset, batch_size=arguments["batch_size"])
-    thresholds = setup.thresholds
-    if arguments["train_threshold"]:
-        thresholds = choose_thresholds(partial(score, setup.validation, runtime), thresholds)
-    evaluation = score(setup.scored, runtime, [thresholds.box, *CURVE_THRESHOLDS])
-    figures = summarize(evaluation, thresholds.gate)
-    if records:
-        records.save_final(thresholds, figures)
-        records.report(evaluation, figures, thresholds, overlays(
-            model, setup.dataset, setup.scored, runtime, thresholds,
-            image_size=IMAGE_SIZE if arguments["save_images"] else None,
-            workers=arguments["workers"]))
-    return thresholds, figures
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    started = time.monotonic()
-    args, model, state = parse_args(argv)
-    runtime = parallel.join(choose_runtime(args.device, args.precision))
-    save = check_paths(args)
-    arguments = vars(args)  # numbers, strings and None: plain values for JSON and checkpoints
-    print(*(f"{key}={value}" for key, value in arguments.items()),
-          f"on {runtime.device.type} in {runtime.dtype}")
-
-    # network and data; every image is decoded once
-    torch.manual_seed(args.seed)
-    model = build_model(args, model)
-    check_disk(save, model)
-    dataset, parts = parallel.once(partial(build_data, args), runtime)
-    print(" and ".join(f"{len(part)} {name}" for name, part in parts.items()), "images")
-    loader = training_loader(dataset, parts["training"], args.batch_size, runtime)
-    prepared = time.monotonic()
-
-    # optimizer; a continued run restores its states
-    training = build_training(model, loader, args, runtime)
-    if state:
-        training.load_state_dict(state)
-    setup = Setup(training, dataset, parts, build_thresholds(args), arguments)
-
-    # epochs, final score
-    with build_records(setup) as records:
-        fit(setup, records)
-        trained = time.monotonic()
-        thresholds, figures = hand_over(setup, records)
-        if records:
-            seconds = {"prepare": prepared - started, "train": trained - prepared,
-                       "score": time.monotonic() - trained}
-            records.finish(figures, thresholds, setup.sizes, seconds)
-    parallel.leave(runtime)
-    # the model is good, but a bug of ours that cost images must not go unnoticed
-    return 1 if dataset.internal_errors else 0
+def watched_images(parts: dict[str, list[int]], args: argparse.Namespace) -> list[int]:
+    """Indices of the validation images that are scored after every epoch; fewer with --debug."""
+    limit = DEBUG_VALIDATION_STEPS * args.batch_size if args.debug else None
+    return parts["validation"][:limit]
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    parallel.run(main)

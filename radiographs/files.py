@@ -147,11 +147,9 @@ def _refusal(path, look_inside):
     return None
 
 
-# Until the branches are merged that take these over: cli.py, data_processing.py and results/
+# Until results/ has it
 
 
-MARKER = "synthetic.json"
-TRAIN_IMAGES, TEST_IMAGES = "stage_2_train_images", "stage_2_test_images"
 PICTURES = "images", "validation"  # folders, in which the results are the PNG files
 RESULTS = (  # of a run, not its input
     "logs", "curves.png", "scores.png", "report.html", "annotations.json",
@@ -167,18 +165,3 @@ def result_paths(output: Path, data: Path) -> list[Path]:
     folders = [output / name for name in PICTURES] if data == output else []
     pictures = [path for folder in folders for path in folder.rglob("*.png")]
     return [output / name for name in RESULTS] + pictures
-
-
-def refuse_mixture(folder: Path, files: Sequence) -> None:
-    """Raises InputError if sample_data.py made the folder but not all of its files."""
-    try:
-        import json
-        made = json.loads((Path(folder).parent / MARKER).read_text())
-        expected = {TRAIN_IMAGES: made["train"], TEST_IMAGES: made["test"]}[Path(folder).name]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # not a folder of sample_data.py
-    if len(files) > expected:
-        from cli import InputError
-        raise InputError(
-            f"{folder} holds {len(files)} files, but sample_data.py made {expected}: phantoms and "
-            "radiographs are mixed; give each a folder of its own, named by TRAINML_DATA_PATH")

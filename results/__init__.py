@@ -4,7 +4,7 @@ drawing.py draws one image and its boxes, curves.py plots losses and scores, rep
 page that shows both, and records.py keeps a training run's checkpoints and logs.
 """
 
-from .curves import CURVE_THRESHOLDS, draw_history, draw_scores
+from .curves import draw_history, draw_scores
 from .drawing import (
     COLOURS,
     GREYS,
@@ -19,5 +19,5 @@ from .drawing import (
     picture_writer,
     save_overlay,
 )
-from .records import Records, check_disk, overlays, versions
+from .records import Records, overlays, versions
 from .report import Row, row_of, write_report

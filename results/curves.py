@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cli import atomic_write
-from metrics import Evaluation, Thresholds, gate_scores, mean_average_precision
+from metrics import CURVE_THRESHOLDS, Evaluation, Thresholds, mean_average_precision
 
-CURVE_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # box thresholds of scores.png
 CURVES = {  # of curves.png: {title: {name in the history: label}}
     "loss": {"train_loss": "training", "loss": "validation"},
     "average precision": {"rsna": "RSNA mAP", "total": "total AP"},
@@ -36,7 +35,7 @@ def draw_history(folder: Path, history: Sequence[dict[str, float]]) -> None:
 
 def draw_scores(folder: Path, evaluation: Evaluation, thresholds: Thresholds) -> None:
     """Writes folder/scores.png: ROC and precision-recall curves, and the score over each threshold,
-    with those in use. The evaluation must be at [thresholds.box, *CURVE_THRESHOLDS]."""
+    with those in use. The evaluation's box thresholds are that in use and CURVE_THRESHOLDS."""
     from matplotlib.figure import Figure
     from sklearn.metrics import precision_recall_curve, roc_curve
 
@@ -51,10 +50,10 @@ def draw_scores(folder: Path, evaluation: Evaluation, thresholds: Thresholds) ->
         precision.plot(*precision_recall_curve(positive, confidences)[1::-1])
     roc.set(title="image decision: ROC", xlabel="false positive rate", ylabel="true positive rate")
     precision.set(title="image decision: precision and recall", xlabel="recall", ylabel="precision")
-    scores = gate_scores(evaluation, gate)[:, 1:]
-    score.plot(CURVE_THRESHOLDS, mean_average_precision(scores), label="box threshold")
-    scores = [gate_scores(evaluation, step)[:, 0] for step in GATES]
-    score.plot(GATES, [mean_average_precision(column) for column in scores], label="gate threshold")
+    scores = [evaluation.scores_at(step, gate) for step in CURVE_THRESHOLDS]
+    score.plot(CURVE_THRESHOLDS, [*map(mean_average_precision, scores)], label="box threshold")
+    scores = [evaluation.scores_at(thresholds.box, step) for step in GATES]
+    score.plot(GATES, [*map(mean_average_precision, scores)], label="gate threshold")
     score.axvline(thresholds.box, color="C0", linestyle="--", label="box threshold in use")
     score.axvline(gate, color="C1", linestyle="--", label="gate threshold in use")
     score.set(title="RSNA mean average precision", xlabel="threshold")

@@ -7,16 +7,16 @@ import math
 import platform
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from itertools import repeat
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
 import cli
 from dataset import PneumoniaDataset
@@ -33,21 +33,45 @@ METRIC_NAMES = {  # in metrics.json and final.pth.tar, of what metrics.summarize
     "rsna": "rsna_mean_average_precision", "rsna_standard_error": "rsna_standard_error",
     "total": "total_average_precision", "auc": "image_roc_auc", "auc_AP": "image_roc_auc_AP",
     "auc_PA": "image_roc_auc_PA", "loss": "loss"}
-DRAWN_TOGETHER = 16  # images in a batch of overlays
 COMPARED = ("batch_size", "epochs", "optimizer", "width", "rescale_factor", "learning_rate")
+SHOWN, SHOWN_SIZE = 4, 512  # validation images in TensorBoard every epoch; their longest side
+DRAWN_TOGETHER = 16  # images in a batch of overlays
+LAPS = "prepare", "train", "score"  # phases of a run whose seconds are kept
 
 
 class Records:
-    """The files of a `training` in `folder`. Checkpoints hold the run's `arguments`, as plain
-    values, and its history. TensorBoard drops what it has of the steps that the run logs again."""
+    """The files in `folder` of a `training` on the `parts` {name: indices} of a data set.
 
-    def __init__(self, folder: Path, arguments: dict[str, Any], training: Training):
-        self.folder, self.arguments, self.training = folder, arguments, training
+    Checkpoints and metrics.json hold the run's `settings` {flag: plain value} and its history.
+    TensorBoard drops what it has of the steps that the run logs again.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], training: Training,
+                 dataset: PneumoniaDataset, parts: dict[str, list[int]]):
+        from torch.utils.tensorboard import (
+            SummaryWriter,  # takes a second, of which predict.py none
+        )
+
+        self.folder, self.settings, self.training = folder, settings, training
+        self.dataset, self.parts = dataset, parts
         self.history = training.history
+        if (folder / "final.pth.tar").exists():
+            print(f"{folder / 'final.pth.tar'} is from an earlier run and will be replaced when "
+                  "this one ends")
+        self._write_split()
         next_step = training.scheduler.last_epoch + 1
         self.writer = SummaryWriter(folder / "logs", purge_step=next_step)
         self.writer.add_custom_scalars_multilinechart(
             ["loss/train", "loss/validation"], "loss", "both")
+
+    @staticmethod
+    def check_disk(folder: Path, model: nn.Module) -> None:
+        """Raises InputError if a run's checkpoints will not fit on the disk: they take 9 times the
+        weights, with Adam's states and a file being written."""
+        needed = 9 * sum(value.nbytes for value in model.state_dict().values())
+        free = shutil.disk_usage(folder).free
+        cli.refuse_if(free < needed, f"{folder} has {free / 1e6:.0f} MB left, but a run needs "
+                      f"{needed / 1e6:.0f}: free some, or give another folder with --save")
 
     def __enter__(self) -> "Records":
         return self
@@ -59,21 +83,18 @@ class Records:
         was_stopped = kind is not None and issubclass(kind, (KeyboardInterrupt, RuntimeError))
         if was_stopped and self.history and last.exists():
             flags = {"checkpoint": last} | {
-                name: self.arguments[name] for name in ("data", "labels", "save")}
+                name: self.settings[name] for name in ("data", "labels", "save")}
             print("continue with: python train.py",
                   *(f"--{name} {shlex.quote(str(path))}" for name, path in flags.items()))
         self.writer.close()
 
-    def begin(self, dataset: PneumoniaDataset, parts: dict[str, list[int]]) -> None:
+    def _write_split(self):
         """Writes split.csv: which part each image belongs to. A run that continues takes along the
         files beside its checkpoint, and warns of images that were in another part before."""
-        final = self.folder / "final.pth.tar"
-        if final.exists():
-            print(f"{final} is from an earlier run and will be replaced when this one ends")
-        rows = [(dataset.patient_ids[index], name)
-                for name, part in parts.items() for index in part]
+        rows = [(self.dataset.patient_ids[index], name)
+                for name, part in self.parts.items() for index in part]
         if self.history:
-            checkpoint = Path(self.arguments["checkpoint"])
+            checkpoint = Path(self.settings["checkpoint"])
             self._take_along(checkpoint)
             _compare_split(checkpoint.with_name("split.csv"), rows)
         cli.write_csv(self.folder / "split.csv", [("patientId", "split"), *rows])
@@ -98,9 +119,9 @@ class Records:
             self.writer.add_scalar("steps/loss", loss, step)
         self.writer.add_scalar("steps/learning_rate", learning_rate, last_step)
 
-    def log_epoch(self, evaluation: Evaluation, speed: float, overlays: Iterable[Overlay]) -> None:
+    def log_epoch(self, evaluation: Evaluation, thresholds: Thresholds, speed: float) -> None:
         """Logs the last epoch of the history: its figures, the decision on the image as a
-        precision-recall curve, and pictures."""
+        precision-recall curve, and pictures of validation images with opacities."""
         scores, epoch = self.history[-1], len(self.history)
         tags = {"loss/train": scores["train_loss"], "loss/validation": scores["loss"],
                 "precision/rsna": scores["rsna"], "precision/total": scores["total"],
@@ -109,7 +130,8 @@ class Records:
             self.writer.add_scalar(tag, value, epoch)
         self.writer.add_pr_curve(
             "image has opacity", evaluation.positive, evaluation.confidences, epoch)
-        for overlay in overlays:
+        positive = [index for index in self.parts["validation"] if len(self.dataset.boxes[index])]
+        for overlay in self._overlays(positive[:SHOWN], thresholds, image_size=SHOWN_SIZE):
             picture = np.asarray(draw_overlay(overlay, legend=False).convert("RGB"))
             self.writer.add_image(
                 f"validation/{overlay.patient_id}", picture, epoch, dataformats="HWC")
@@ -126,49 +148,59 @@ class Records:
         self._save("last", thresholds, **self.training.state_dict())
         draw_history(self.folder, self.history)
 
-    def save_final(self, thresholds: Thresholds, figures: dict[str, float]) -> None:
-        """Writes final.pth.tar, with the figures of the run."""
-        self._save("final", thresholds, **_rename(figures))
-
     def _save(self, name, thresholds, **state):
         """Writes a checkpoint: the weights, all that predict.py needs, how the weights were
         trained, and `state`."""
         save_checkpoint(
-            self.folder / f"{name}.pth.tar", self.training.model, args=self.arguments,
-            history=self.history, rescale_factor=self.arguments["rescale_factor"],
+            self.folder / f"{name}.pth.tar", self.training.model, args=self.settings,
+            history=self.history, rescale_factor=self.settings["rescale_factor"],
             **thresholds.stored(), **state)
 
-    def report(self, evaluation: Evaluation, figures: dict[str, float], thresholds: Thresholds,
-               overlays: Iterable[Overlay]) -> None:
-        """Writes scores.png, report.html with a row for each scored image and, unless
-        --no-save-images was given, their pictures in validation/."""
+    def finish(self, evaluation: Evaluation, thresholds: Thresholds, scored: Sequence[int],
+               laps: Sequence[float]) -> dict[str, float]:
+        """Writes final.pth.tar, report.html, metrics.json and a row of TensorBoard's HParams table
+        (the flags usually compared, and the scores); prints and returns the figures of the images
+        with indices `scored`. `laps` are the times at which the phases of the run began."""
+        figures = evaluation.summarize(thresholds)
+        lines = [str(thresholds), *score_lines(figures, len(scored))]
+        self._save("final", thresholds, **_rename(figures))
         draw_scores(self.folder, evaluation, thresholds)
-        pictures = "validation" if self.arguments["save_images"] else None
-        images, rows = len(evaluation.scores), []
-        with picture_writer(self.folder / pictures if pictures else None) as write_picture:
-            for overlay in cli.progress(overlays, total=images, description="draw"):
+        self._report(thresholds, scored, lines)
+        scores = {f"final/{name}": figures[name] for name in ("rsna", "total", "auc")}
+        compared = {key: str(self.settings[key]) for key in COMPARED}
+        self.writer.add_hparams(compared, scores, run_name=".")
+        sizes = {f"{name}_images": len(part) for name, part in self.parts.items()}
+        ends = pairwise([*laps, time.monotonic()])
+        cli.write_text(self.folder / "metrics.json", json.dumps({
+            **_rename(figures), **thresholds.stored(), **sizes,
+            "skipped_images": len(self.dataset.skipped), "scored_images": len(scored),
+            "history": [_finite(scores) for scores in self.history], "arguments": self.settings,
+            "versions": versions(),
+            "seconds": {name: end - start for name, (start, end) in zip(LAPS, ends)}}, indent=1))
+        print(f"see {self.folder / 'report.html'}", *lines, sep="\n")
+        return figures
+
+    def _report(self, thresholds, scored, lines):
+        """Writes report.html with a row for each scored image and, unless --no-save-images was
+        given, their pictures in validation/."""
+        has_pictures, rows = self.settings["save_images"], []
+        overlays = self._overlays(scored, thresholds, workers=self.settings["workers"],
+                                  image_size=IMAGE_SIZE if has_pictures else None)
+        folder = self.folder / "validation" if has_pictures else None
+        with picture_writer(folder) as write_picture:
+            for overlay in cli.progress(overlays, total=len(scored), description="draw"):
                 rows.append(row_of(overlay))
                 write_picture(overlay)
-        write_report(self.folder, rows, lines=[str(thresholds), *score_lines(figures, images)],
-                     pictures=pictures, plots=["curves.png", "scores.png"])
+        write_report(self.folder, rows, lines=lines, pictures=folder and folder.name,
+                     plots=["curves.png", "scores.png"])
 
-    def finish(self, figures: dict[str, float], thresholds: Thresholds,
-               sizes: dict[str, int], seconds: dict[str, float]) -> None:
-        """Writes metrics.json and a row of TensorBoard's HParams table (the flags usually
-        compared, and the scores), and prints the scores."""
-        scores = {f"final/{name}": figures[name] for name in ("rsna", "total", "auc")}
-        compared = {key: str(self.arguments[key]) for key in COMPARED}
-        self.writer.add_hparams(compared, scores, run_name=".")
-        history = [_finite(scores) for scores in self.history]
-        record = {**_rename(figures), **thresholds.stored(), **sizes, "history": history,
-                  "arguments": self.arguments, "versions": versions(), "seconds": seconds}
-        cli.write_text(self.folder / "metrics.json", json.dumps(record, indent=1))
-        print(f"see {self.folder / 'report.html'}", thresholds,
-              *score_lines(figures, sizes["scored_images"]), sep="\n")
+    def _overlays(self, indices, thresholds, **options):
+        return overlays(self.training.model, self.dataset, indices, thresholds,
+                        runtime=self.training.runtime, **options)
 
 
 def overlays(model: nn.Module, dataset: PneumoniaDataset, indices: Sequence[int],
-             runtime: Runtime, thresholds: Thresholds, *, image_size: int | None = IMAGE_SIZE,
+             thresholds: Thresholds, *, runtime: Runtime, image_size: int | None = IMAGE_SIZE,
              workers: int = 1) -> Iterator[Overlay]:
     """Yields an Overlay, with the truth, for images of a data set. Their files are read again for
     display at `image_size` pixels; if that is None, the overlay shows the network's image."""
@@ -178,10 +210,10 @@ def overlays(model: nn.Module, dataset: PneumoniaDataset, indices: Sequence[int]
         reader = read_images([dataset.paths[index] for index in indices], side=dataset.side,
                              workers=workers, display_size=image_size)
     with reader as readings:
-        for batch in cli.batched(indices, DRAWN_TOGETHER):
-            images, _ = dataset[batch]
+        for batch in cli.batched(zip(indices, readings), DRAWN_TOGETHER):
+            images, _ = dataset[[index for index, _ in batch]]
             masks = runtime.predict_masks(model, images)
-            for index, image, mask, reading in zip(batch, images[:, 0].numpy(), masks, readings):
+            for (index, reading), image, mask in zip(batch, images[:, 0].numpy(), masks):
                 # no reading without an image size, or if the file is gone by now
                 radiograph = reading.value or Radiograph(image, dataset.original_sizes[index])
                 yield make_overlay(dataset.patient_ids[index], radiograph, mask, thresholds,
@@ -212,13 +244,3 @@ def _finite(figures):
 def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__,
             "numpy": np.__version__}
-
-
-def check_disk(folder: Path, model: torch.nn.Module) -> None:
-    """Raises InputError if a run's checkpoints will not fit on the disk: they take 9 times the
-    weights, with Adam's states and a file being written."""
-    needed = 9 * sum(value.nbytes for value in model.state_dict().values())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise cli.InputError(f"{folder} has {free / 1e6:.0f} MB left, but a run needs "
-                             f"{needed / 1e6:.0f}: free some, or give another folder with --save")

@@ -176,7 +176,7 @@ def scored(labelled):
 
 def test_scores_of_one_pass_are_those_of_the_boxes_that_are_drawn(scored):
     evaluation, drawn = scored
-    figures = summarize(evaluation._replace(scores=evaluation.scores[:, 1:]), 0.5)
+    figures = summarize(evaluation, Thresholds(0.3, 0.5))
     assert figures["rsna"] == pytest.approx(np.nanmean(drawn))
     assert figures["total"] == pytest.approx(np.nansum(drawn) / len(drawn))
 

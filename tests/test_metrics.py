@@ -225,7 +225,8 @@ DEFAULT = 29, GATES.index(0.8)
 
 
 def evaluation_of(scores, confidences, positive):
-    return metrics.Evaluation(0.0, confidences, positive, np.full(len(scores), ""), scores)
+    return metrics.Evaluation(0.0, metrics.BOX_THRESHOLDS, confidences, positive,
+                              np.full(len(scores), ""), scores)
 
 
 @pytest.fixture
@@ -271,7 +272,7 @@ def choose(separable, given):
     def evaluate(box_thresholds):
         good = np.abs(np.array(box_thresholds) - 0.5) < 0.04
         scores = np.where(separable.positive[:, None] & good, 0.6, 0)
-        return separable._replace(scores=scores)
+        return separable._replace(box_thresholds=box_thresholds, scores=scores)
     return metrics.choose_thresholds(evaluate, given)
 
 
@@ -292,14 +293,14 @@ def test_thresholds_print_their_values_and_source():
     assert str(Thresholds()) == "box threshold 0.50, gate threshold 0.80 (defaults)"
 
 
-def summarize_from(evaluation, column, gate):
-    return metrics.summarize(evaluation._replace(scores=evaluation.scores[:, column:]), gate)
-
-
 def test_a_gate_takes_the_boxes_of_the_images_below_it(separable):
-    assert summarize_from(separable, 30, gate=0)["rsna"] == pytest.approx(0.3)
-    assert summarize_from(separable, 30, gate=0.5)["rsna"] == pytest.approx(0.6)
-    assert summarize_from(separable, 30, gate=0.71)["rsna"] == 0
+    def score(gate):
+        return metrics.summarize(separable, Thresholds(0.5, gate))["rsna"]
+    assert score(0) == pytest.approx(0.3) and score(0.5) == pytest.approx(0.6) and score(0.71) == 0
+
+
+def test_figures_are_those_of_the_box_threshold_in_use(separable):
+    assert metrics.summarize(separable, Thresholds(27 / 60, gate=0.5))["rsna"] == 0
 
 
 def test_the_standard_error_is_that_of_a_mean():
@@ -314,13 +315,14 @@ def test_auc_within_views_does_not_reward_knowing_the_view():
     positive = np.array([True] * 38 + [False] * 62 + [True] * 9 + [False] * 91)
     views = np.array(["AP"] * 100 + ["PA"] * 100)
     confidences = np.where(views == "AP", 0.9, 0.1)
-    by_view_alone = metrics.Evaluation(0.0, confidences, positive, views, np.zeros((200, 1)))
-    figures = metrics.summarize(by_view_alone, gate=0)
+    scores = np.zeros((200, 1))
+    by_view_alone = metrics.Evaluation(0.0, [0.5], confidences, positive, views, scores)
+    figures = metrics.summarize(by_view_alone, Thresholds(0.5, gate=0))
     assert figures["auc"] > 0.7 and figures["auc_AP"] == figures["auc_PA"] == 0.5
 
 
 def test_score_lines_end_in_the_lines_of_the_tutorial(separable):
-    lines = metrics.score_lines(summarize_from(separable, 30, gate=0.5), 40)
+    lines = metrics.score_lines(metrics.summarize(separable, Thresholds(0.5, gate=0.5)), 40)
     assert lines == ["Image ROC AUC: 1.0000",
                      "Standard error of the RSNA mAP: 0.0000 (bootstrap over 40 images)",
                      "RSNA Mean Average Precision: 0.6000", "Total Average Precision: 0.3000"]

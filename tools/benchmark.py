@@ -40,7 +40,6 @@ from dataset import PneumoniaDataset
 from engine import train_one_epoch, training_loader
 from model import PneumoniaUNET, Runtime, choose_runtime
 from radiographs import find_dicom_files, read_header, read_radiograph
-from radiographs.files import TRAIN_IMAGES
 from results import (
     IMAGE_SIZE,
     Overlay,
@@ -104,7 +103,7 @@ def plain_decode(path: Path) -> None:
 def build_network_stages(dataset: PneumoniaDataset, runtime: Runtime,
                          args: argparse.Namespace) -> list[Stage]:
     """Stages that run the network, or feed it, on whole batches with train.py's defaults."""
-    train_args, *_ = train.parse_args([f"--rescale-factor={args.rescale_factor}"])
+    train_args = train.parse_args([f"--rescale-factor={args.rescale_factor}"])
     loader = training_loader(dataset, range(len(dataset)), args.batch_size, runtime)
     model = train.build_model(train_args)
     training = train.build_training(model, loader, train_args, runtime)
@@ -154,7 +153,7 @@ def box_stages(cases: list[Overlay], folder: Path) -> list[Stage]:
     def score(thresholds: Sequence[float]) -> metrics.Evaluation:
         scores = [metrics.score_mask(case.mask, case.original_size, case.truth, thresholds)
                   for case in cases]
-        return metrics.Evaluation(0.0, np.full(images, 0.5), np.ones(images, bool),
+        return metrics.Evaluation(0.0, thresholds, np.full(images, 0.5), np.ones(images, bool),
                                   np.full(images, ""), np.array(scores))
 
     def label(thresholds: Sequence[float]) -> None:
@@ -256,9 +255,9 @@ def measure_cache(paths: list[Path], *, rescale_factor: int, workers: int,
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data", "-d", default=cli.default_path("TRAINML_DATA_PATH", TRAIN_IMAGES),
+    add("--data", "-d", default=cli.default_path("TRAINML_DATA_PATH", cli.TRAIN_IMAGES),
         help="folder of DICOM files (default: %(default)s)")
     add("--images", type=cli.bounded(1, math.inf, int), nargs="+", default=[250],
         help="number of images, a table for each; files are repeated as needed (default: 250)")
@@ -277,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = cli.require(args.data, "folder", variable="TRAINML_DATA_PATH",
                        flag="--data (python sample_data.py makes one)")
     if args.json:
-        cli.require(Path(args.json).parent, "output", flag="--json")
+        cli.output_folder(Path(args.json).parent, flag="--json")
     files = list(find_dicom_files(data)[0].values())
     if not files:
         raise cli.InputError(f"no file in {data}: give the folder of the images with --data")

@@ -55,7 +55,8 @@ def score(masks, dataset):
     positive = np.array([len(boxes) > 0 for boxes in dataset.boxes])
     confidences = np.array([metrics.image_confidence(mask) for mask in masks])
     views = np.array(dataset.views)
-    return metrics.Evaluation(float("nan"), confidences, positive, views, np.array(scores))
+    return metrics.Evaluation(float("nan"), metrics.BOX_THRESHOLDS, confidences, positive, views,
+                              np.array(scores))
 
 
 def score_model(path, ids, data, labels, runtime):
@@ -90,12 +91,12 @@ def rsna(evaluation, pair):
 
 
 def part_of(evaluation, images):
-    return metrics.Evaluation(evaluation.loss, *(values[images] for values in evaluation[1:]))
+    return metrics.Evaluation(*evaluation[:2], *(values[images] for values in evaluation[2:]))
 
 
 def joined(evaluations):
-    columns = list(zip(*evaluations))[1:]
-    return metrics.Evaluation(float("nan"), *(np.concatenate(values) for values in columns))
+    columns = list(zip(*evaluations))[2:]
+    return metrics.Evaluation(*evaluations[0][:2], *(np.concatenate(values) for values in columns))
 
 
 def best_pair(evaluation):

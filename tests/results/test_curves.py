@@ -23,15 +23,17 @@ def figure(monkeypatch):
 
 
 def evaluation(positive):
-    """Three images at the threshold in use, where all are found, and the others, where none is."""
-    scores = np.zeros((3, 1 + len(curves.CURVE_THRESHOLDS)))
-    scores[:, 0] = 1
-    return Evaluation(0.5, np.array([0.2, 0.6, 0.9]), np.array(positive), np.full(3, ""), scores)
+    """Three images, all of which are found at a box threshold of 0.55 and none at the others."""
+    box_thresholds = [*curves.CURVE_THRESHOLDS, 0.55]
+    scores = np.zeros((3, len(box_thresholds)))
+    scores[:, -1] = 1
+    return Evaluation(0.5, box_thresholds, np.array([0.2, 0.6, 0.9]), np.array(positive),
+                      np.full(3, ""), scores)
 
 
 @pytest.mark.parametrize("draw", [
     lambda folder: curves.draw_history(folder, [EPOCH]),
-    lambda folder: curves.draw_scores(folder, evaluation([False, True, True]), Thresholds())])
+    lambda folder: curves.draw_scores(folder, evaluation([False, True, True]), Thresholds(0.55))])
 def test_a_figure_is_written_as_png(tmp_path, draw):
     draw(tmp_path)
     [path] = tmp_path.iterdir()
@@ -66,14 +68,14 @@ def test_scores_are_drawn_over_both_thresholds_with_those_in_use(tmp_path, figur
 
 
 def test_the_gate_in_use_is_marked_on_the_roc_curve(tmp_path, figure):
-    curves.draw_scores(tmp_path, evaluation([False, True, True]), Thresholds(gate=0.7))
+    curves.draw_scores(tmp_path, evaluation([False, True, True]), Thresholds(0.55, gate=0.7))
     _, mark = figure[0].axes[0].get_lines()
     assert (mark.get_xdata()[0], mark.get_ydata()[0]) == (0, 0.5)
 
 
 @pytest.mark.parametrize("positive", [[True] * 3, [False] * 3])
 def test_a_single_class_has_no_decision_curves(tmp_path, figure, positive):
-    curves.draw_scores(tmp_path, evaluation(positive), Thresholds())
+    curves.draw_scores(tmp_path, evaluation(positive), Thresholds(0.55))
     assert isinstance(figure[0], Figure) and not figure[0].axes[0].get_lines()
 
 
