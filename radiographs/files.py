@@ -126,6 +126,8 @@ def _walk(folder, leave_out, skipped):
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        named = [name for name in folders if name.lower().endswith(".dcm")]
+        skipped += [(Path(root, name), "is a folder") for name in named]
         for name in sorted(names):
             left_out = os.path.join(real, name) in seen
             if not (left_out or name.startswith(".") or name.upper() == "DICOMDIR"):
