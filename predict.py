@@ -22,9 +22,10 @@ import torch
 import cli
 import metrics
 import parallel
-from data_processing import Labels, read_labels
+from data_processing import Labels, read_labels, refuse_mixture
 from model import Runtime, load_checkpoint
-from radiographs import INTERNAL_ERROR, Reading, find_radiographs, read_images, result_paths
+from radiographs import Reading, find_radiographs, read_images
+from radiographs.files import result_paths
 from results import (
     IMAGE_SIZE,
     Overlay,
@@ -43,15 +44,15 @@ def predict_files(model: torch.nn.Module, files: dict[str, Path], runtime: Runti
                   ) -> Iterator[tuple[str, Reading, np.ndarray | None]]:
     """Yields (patient_id, Reading, mask) for each of files {patient_id: path}; the mask (S, S) of
     an unreadable file is None. With an `image_size`, images for display are read, too."""
-    readings = read_images(files.values(), rescale_factor=rescale_factor, workers=workers,
-                           image_size=image_size)
-    for batch in cli.batched(zip(files, readings), batch_size):
-        images = [reading.value.image[None] for _, reading in batch if reading.value]
-        masks = iter(())
-        if images:
-            masks = iter(runtime.predict_masks(model, torch.from_numpy(np.stack(images))))
-        for patient_id, reading in batch:
-            yield patient_id, reading, next(masks) if reading.value else None
+    with read_images(files.values(), side=cli.IMAGE_SIDE // rescale_factor, workers=workers,
+                     display_size=image_size) as readings:
+        for batch in cli.batched(zip(files, readings), batch_size):
+            images = [reading.value.image[None] for _, reading in batch if reading.value]
+            masks = iter(())
+            if images:
+                masks = iter(runtime.predict_masks(model, torch.from_numpy(np.stack(images))))
+            for patient_id, reading in batch:
+                yield patient_id, reading, next(masks) if reading.value else None
 
 
 def thresholds_in_use(checkpoint: dict[str, Any], box: float | None,
@@ -85,6 +86,7 @@ class Results:
         self.notes = []  # remarks on files that could be read
         self.rows = []  # of the report, one for each image
         self.scores = []  # of each image with a label, at the box threshold and CURVE_THRESHOLDS
+        self.internal_errors = [0]  # of each process: files skipped by a fault of these scripts
 
     def add(self, patient_id: str, reading: Reading, mask: np.ndarray | None) -> Overlay | None:
         """Adds the result for one file; returns its overlay, or None if it could not be read."""
@@ -92,6 +94,7 @@ class Results:
         truth = self.labels.boxes.get(patient_id)
         if reading.problem:
             self.skipped.append((path, reading.problem))
+            self.internal_errors[0] += reading.internal_error
             return None
         if reading.note:
             self.notes.append(f"{path} {reading.note}")
@@ -107,6 +110,7 @@ class Results:
     def gather(self, runtime: Runtime) -> None:
         """Merges the results of all processes, in the order of the files."""
         self.skipped = parallel.gather(self.skipped, runtime)
+        self.internal_errors = parallel.gather(self.internal_errors, runtime)
         self.notes = parallel.gather(self.notes, runtime)
         self.rows = parallel.gather(self.rows, runtime)
         self.scores = parallel.gather(self.scores, runtime)
@@ -220,6 +224,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = cli.output_folder(args.output, flag="--output", variable="TRAINML_OUTPUT_PATH")
     leave_out = [path for source in sources for path in result_paths(output, source)]
     files, skipped = parallel.once(partial(find_radiographs, sources, leave_out), runtime)
+    if not files and not skipped:
+        raise cli.InputError(
+            f"no files in {', '.join(map(str, sources))}: give another with --data")
+    for folder in sources:
+        refuse_mixture(folder, [path for path in files.values() if folder in path.parents])
     source = args.data[0] if len(args.data) == 1 else f"the {len(args.data)} paths given"
     print(f"files in {source}: {len(files)}; {runtime.device.type}, {runtime.dtype}; {thresholds}")
 
@@ -241,8 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results.write(output)
         results.report(output, pictures="images" if args.save_images else None)
     parallel.leave(runtime)
-    internal_error = any(reason == INTERNAL_ERROR for _, reason in results.skipped)
-    return 1 if internal_error or not results.annotations else 0
+    return 1 if any(results.internal_errors) or not results.annotations else 0
 
 
 if __name__ == "__main__":

@@ -158,9 +158,8 @@ def test_an_internal_error_costs_its_file_and_ends_with_status_1(
     for name in "abc":
         write_dicom(tmp_path / f"{name}.dcm", np.eye(32, dtype=np.uint8))
 
-    def read(path, rescale_factor, image_size, load=readers.read_radiograph):
-        factor = rescale_factor if path.stem != "b" else None  # a mistake of ours
-        return load(path, factor, image_size)
+    def read(path, side, display_size, load=readers.read_radiograph):
+        return load(path, side if path.stem != "b" else None, display_size)  # a mistake of ours
     monkeypatch.setattr(readers, "read_radiograph", read)
     assert run(tmp_path, checkpoint, tmp_path / "output") == 1
     assert read_annotations(tmp_path / "output").keys() == {"a", "c"}
