@@ -121,9 +121,11 @@ class Parser(argparse.ArgumentParser):
     def add_path(self, *names: str, kind: str, help: str, variable: str | None = None,
                  part: str = "", written_by: str = "", **options: Any) -> None:
         """A flag for a path: a `kind` of require, or "output". Its default is `part` of the folder
-        that a TRAINML_* variable names."""
+        that a TRAINML_* variable names. With `nargs` it takes a list."""
         default = default_path(variable, part) if variable else None
         shown = f" (default: {default.replace('%', '%%')})" if default else ""
+        if default and "nargs" in options:
+            default = [default]
         path = self.add_to_files(*names, default=default, help=help + shown, **options)
         flag = f"{names[0]} ({written_by} writes one)" if written_by else names[0]
         self.paths.append((path.dest, kind, {"flag": flag, "variable": variable}))
@@ -131,11 +133,12 @@ class Parser(argparse.ArgumentParser):
     def check_paths(self, args: argparse.Namespace) -> None:
         """Raises InputError for the first path that is not of its kind."""
         for name, kind, words in self.paths:
-            path = getattr(args, name)
-            if kind == "output":
-                output_folder(path, **words)
-            elif path is not None:
-                require(path, kind, **words)
+            given = getattr(args, name)
+            for path in given if isinstance(given, list) else [given]:
+                if kind == "output":
+                    output_folder(path, **words)
+                elif path is not None:
+                    require(path, kind, **words)
 
     def add_runtime_options(self, *, batch_size: int, rescale_factor: int | None) -> None:
         """Flags on how a network runs; a `rescale_factor` of None means the checkpoint's."""

@@ -10,11 +10,10 @@ folder of a training run it would replace that run's report.html.
 
 import argparse
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,34 +24,61 @@ import parallel
 from data_processing import Labels, read_labels, refuse_mixture
 from model import Runtime, load_checkpoint
 from radiographs import Reading, find_radiographs, read_images
-from radiographs.files import result_paths
 from results import (
     IMAGE_SIZE,
     Overlay,
     Row,
     draw_scores,
     make_overlay,
-    picture_path,
     picture_writer,
-    row_of,
+    refuse_to_replace,
+    result_paths,
     write_report,
 )
 
 
-def predict_files(model: torch.nn.Module, files: dict[str, Path], runtime: Runtime, *,
+class Prediction(NamedTuple):
+    """What became of one file."""
+    path: Path
+    row: Row  # of the report
+    boxes: str = ""  # "confidence x y width height ..." in pixels of the original image
+    scores: Sequence[float] = ()  # of a labelled image, at Thresholds.and_curve()
+    internal_error: bool = False
+
+    def __str__(self):
+        return f"{self.path} {self.row.remark}"
+
+    @classmethod
+    def skipped(cls, path: Path, reason: str, internal_error: bool = False) -> "Prediction":
+        """That of a file that could not be read."""
+        return cls(path, Row(str(path), "skipped", reason), internal_error=internal_error)
+
+    @classmethod
+    def of(cls, path: Path, overlay: Overlay, remark: str) -> "Prediction":
+        """That of an image with the boxes of an Overlay, and a remark on how it was read."""
+        boxes = metrics.prediction_string(overlay.boxes, overlay.confidences)
+        scores = () if overlay.truth is None else metrics.score_mask(
+            overlay.mask, overlay.original_size, overlay.truth, overlay.thresholds.and_curve(),
+            overlay.thresholds.size_weight)
+        return cls(path, Row.of(overlay)._replace(remark=remark), boxes, scores)
+
+
+def predict_files(model: torch.nn.Module, files: Mapping[str, Path], runtime: Runtime, *,
                   batch_size: int, rescale_factor: int, workers: int, image_size: int | None = None,
                   ) -> Iterator[tuple[str, Reading, np.ndarray | None]]:
-    """Yields (patient_id, Reading, mask) for each of files {patient_id: path}; the mask (S, S) of
-    an unreadable file is None. With an `image_size`, images for display are read, too."""
+    """Yields (patient_id, Reading, mask) for each of files {patient_id: path}, in their order; the
+    mask (S, S) of an unreadable file is None. With an `image_size`, images for display are read,
+    too."""
     with read_images(files.values(), side=cli.IMAGE_SIDE // rescale_factor, workers=workers,
                      display_size=image_size) as readings:
         for batch in cli.batched(zip(files, readings), batch_size):
-            images = [reading.value.image[None] for _, reading in batch if reading.value]
-            masks = iter(())
+            images = {key: reading.value.image[None] for key, reading in batch if reading.value}
+            masks = {}
             if images:
-                masks = iter(runtime.predict_masks(model, torch.from_numpy(np.stack(images))))
+                stacked = torch.from_numpy(np.stack(list(images.values())))
+                masks = dict(zip(images, runtime.predict_masks(model, stacked)))
             for patient_id, reading in batch:
-                yield patient_id, reading, next(masks) if reading.value else None
+                yield patient_id, reading, masks.get(patient_id)
 
 
 def thresholds_in_use(checkpoint: dict[str, Any], box: float | None,
@@ -65,131 +91,107 @@ def thresholds_in_use(checkpoint: dict[str, Any], box: float | None,
     return thresholds
 
 
-def picture_folder(output: Path, files: dict[str, Path]) -> Path:
-    """Where the pictures of `files` go; raises InputError if one would replace a file."""
-    folder = output / "images"
-    for patient_id, path in files.items():
-        picture = picture_path(folder, patient_id)
-        if os.path.exists(picture) and os.path.samefile(picture, path):
-            raise cli.InputError(f"{path} would be replaced by its picture: give another folder "
-                                 "with --output, or --no-save-images")
-    return folder
-
-
 class Results:
-    """Boxes, scores and remarks of the files predicted so far."""
+    """The predictions of a run in `output`, and what is written of them."""
 
-    def __init__(self, files: dict[str, Path], skipped: list, labels: Labels,
-                 thresholds: metrics.Thresholds):
-        self.files, self.skipped, self.labels, self.thresholds = files, skipped, labels, thresholds
-        self.annotations = {}  # {patient_id: prediction string}
-        self.notes = []  # remarks on files that could be read
-        self.rows = []  # of the report, one for each image
-        self.scores = []  # of each image with a label, at the box threshold and CURVE_THRESHOLDS
-        self.internal_errors = [0]  # of each process: files skipped by a fault of these scripts
+    def __init__(self, output: Path, labels: Labels, thresholds: metrics.Thresholds):
+        self.output, self.labels, self.thresholds = output, labels, thresholds
+        self.predictions = []
 
-    def add(self, patient_id: str, reading: Reading, mask: np.ndarray | None) -> Overlay | None:
-        """Adds the result for one file; returns its overlay, or None if it could not be read."""
-        path = self.files[patient_id]
-        truth = self.labels.boxes.get(patient_id)
-        if reading.problem:
-            self.skipped.append((path, reading.problem))
-            self.internal_errors[0] += reading.internal_error
+    @property
+    def predicted(self) -> list[Prediction]:
+        """Those of images."""
+        return [made for made in self.predictions if made.row.outcome != "skipped"]
+
+    @property
+    def skipped(self) -> list[Prediction]:
+        """Those of files that could not be read."""
+        return [made for made in self.predictions if made.row.outcome == "skipped"]
+
+    @property
+    def status(self) -> int:
+        """Exit status: 1 if no image was predicted, or a fault of this code cost one."""
+        return int(not self.predicted or any(made.internal_error for made in self.predictions))
+
+    def add(self, path: Path, patient_id: str, reading: Reading,
+            mask: np.ndarray | None) -> Overlay | None:
+        """Adds the prediction of a file; returns its Overlay, or None if it could not be read."""
+        if mask is None:
+            self.predictions.append(
+                Prediction.skipped(path, reading.problem, internal_error=reading.internal_error))
             return None
-        if reading.note:
-            self.notes.append(f"{path} {reading.note}")
-        overlay = make_overlay(patient_id, reading.value, mask, self.thresholds, truth)
-        self.annotations[patient_id] = metrics.prediction_string(overlay.boxes, overlay.confidences)
-        self.rows.append(row_of(overlay))
-        if truth is not None:
-            self.scores.append(metrics.score_mask(
-                mask, overlay.original_size, truth, self.thresholds.and_curve(),
-                self.thresholds.size_weight))
+        overlay = make_overlay(patient_id, reading.value, mask, self.thresholds,
+                               self.labels.boxes.get(patient_id))
+        self.predictions.append(Prediction.of(path, overlay, reading.note))
         return overlay
 
-    def gather(self, runtime: Runtime) -> None:
-        """Merges the results of all processes, in the order of the files."""
-        self.skipped = parallel.gather(self.skipped, runtime)
-        self.internal_errors = parallel.gather(self.internal_errors, runtime)
-        self.notes = parallel.gather(self.notes, runtime)
-        self.rows = parallel.gather(self.rows, runtime)
-        self.scores = parallel.gather(self.scores, runtime)
-        self.annotations = dict(parallel.gather(list(self.annotations.items()), runtime))
-
-    def write(self, output: Path) -> None:
+    def write_tables(self) -> None:
         """Writes annotations.json and submission.csv, and skipped.csv if anything was skipped.
 
         If no image was predicted, the results of an earlier run are kept, which is printed.
         """
-        annotations, submission = output / "annotations.json", output / "submission.csv"
-        earlier = [str(path) for path in (annotations, submission) if path.exists()]
-        if self.annotations or not earlier:
-            cli.write_text(annotations, json.dumps(self.annotations, indent=1, ensure_ascii=False))
-            rows = [("patientId", "PredictionString"), *self.annotations.items()]
-            cli.write_csv(submission, rows)
+        boxes = {made.row.patient_id: made.boxes for made in self.predicted}
+        annotations, skipped = self.output / "annotations.json", self.output / "skipped.csv"
+        if boxes or not annotations.exists():
+            cli.write_text(annotations, json.dumps(boxes, indent=1, ensure_ascii=False))
+            cli.write_csv(self.output / "submission.csv",
+                          [("patientId", "PredictionString"), *boxes.items()])
         else:
-            print(f"no image was predicted: {' and '.join(earlier)} of an earlier run stay as "
-                  "they are")
+            print(f"no image was predicted: {annotations} of an earlier run stays as it is")
         if self.skipped:
-            cli.write_csv(output / "skipped.csv", [("file", "reason"), *self.skipped])
+            reasons = [(made.path, made.row.remark) for made in self.skipped]
+            cli.write_csv(skipped, [("file", "reason"), *reasons])
         else:
-            (output / "skipped.csv").unlink(missing_ok=True)
+            skipped.unlink(missing_ok=True)
 
-    def report(self, output: Path, pictures: str | None) -> None:
-        """Writes report.html and prints what was found, left out and, with labels, scored."""
-        cli.warn("images have remarks", self.notes)
-        cli.warn("files are skipped and listed in skipped.csv",
-                 [f"{path} {reason}" for path, reason in self.skipped])
-        found = sum(bool(boxes) for boxes in self.annotations.values())
-        summary = (f"images predicted: {len(self.annotations)}, with opacities: {found}; "
+    def report(self, pictures: str | None) -> None:
+        """Writes report.html and prints what was found, left out and, with labels, scored.
+        `pictures` names the folder of the pictures in `output`."""
+        cli.warn("images have remarks", [made for made in self.predicted if made.row.remark])
+        cli.warn("files are skipped and listed in skipped.csv", self.skipped)
+        found = sum(made.row.outcome == "found" for made in self.predicted)
+        summary = (f"images predicted: {len(self.predicted)}, with opacities: {found}; "
                    f"files skipped: {len(self.skipped)}")
-        lines, plots = [], []
-        if self.scores:
-            evaluation = self._evaluation()
-            draw_scores(output, evaluation, self.thresholds)
-            plots.append("scores.png")
-            figures = evaluation.summarize(self.thresholds)
-            lines = metrics.score_lines(figures, len(self.scores))
-        rows = [*self.rows, *(Row(str(path), "skipped", reason) for path, reason in self.skipped)]
-        path = write_report(output, rows, lines=[str(self.thresholds), summary, *lines],
+        score_lines, plots = self._score()
+        rows = [made.row for made in (*self.predicted, *self.skipped)]
+        path = write_report(self.output, rows, lines=[str(self.thresholds), summary, *score_lines],
                             pictures=pictures, plots=plots)
         print(f"{summary}; see {path}")
-        self._compare_labels()
-        for line in lines:
+        if self.labels.boxes:
+            ids, labelled = {made.row.patient_id for made in self.predicted}, set(self.labels.boxes)
+            cli.warn("ids of the labels have no image that can be read", sorted(labelled - ids))
+            cli.warn("images have no label and are not scored", sorted(ids - labelled))
+        for line in score_lines:
             print(line)
 
-    def _evaluation(self):
-        rows = [row for row in self.rows if row.true_boxes is not None]
-        return metrics.Evaluation(
+    def _score(self):
+        """Lines of text and names of plots on the scores; none without labels."""
+        labelled = [made for made in self.predicted if made.scores]
+        if not labelled:
+            return [], []
+        evaluation = metrics.Evaluation(
             loss=float("nan"), box_thresholds=self.thresholds.and_curve(),
-            confidences=np.array([row.confidence for row in rows]),
-            positive=np.array([row.true_boxes > 0 for row in rows]),
-            views=np.array([self.labels.views[row.patient_id] for row in rows]),
-            scores=np.array(self.scores))
-
-    def _compare_labels(self):
-        if self.labels.boxes:
-            missing = self.labels.boxes.keys() - self.annotations.keys()
-            cli.warn("ids of the labels have no image that can be read", sorted(missing))
-            unlabelled = self.annotations.keys() - self.labels.boxes.keys()
-            cli.warn("images have no label and are not scored", sorted(unlabelled))
+            confidences=np.array([made.row.confidence for made in labelled]),
+            positive=np.array([made.row.true_boxes > 0 for made in labelled]),
+            views=np.array([self.labels.views[made.row.patient_id] for made in labelled]),
+            scores=np.array([made.scores for made in labelled]))
+        draw_scores(self.output, evaluation, self.thresholds)
+        figures = evaluation.summarize(self.thresholds)
+        return metrics.score_lines(figures, len(labelled)), ["scores.png"]
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> cli.Parser:
     parser = cli.Parser(__doc__.splitlines()[0])
-    add = parser.add_to_files
-    data = cli.default_path("TRAINML_DATA_PATH")
-    shown = data.replace("%", "%%")  # argparse fills in what follows a percent sign
-    add("--data", "-d", nargs="+", default=[data],
-        help=f"folders or files, DICOM, PNG, JPEG or TIFF (default: {shown})")
-    add("--model", default=cli.default_path("TRAINML_MODEL_PATH", "final.pth.tar"),
-        help="checkpoint of the network (default: %(default)s)")
-    add("--output", default=cli.default_path("TRAINML_OUTPUT_PATH"),
-        help="folder for the results (default: %(default)s)")
-    add("--labels",
-        help="train.csv or label table of these images: adds scores and true boxes")
-    add("--save-images", action=argparse.BooleanOptionalAction,
-        help="write annotated PNG images (default: on)")
+    parser.add_path("--data", "-d", kind="data", variable="TRAINML_DATA_PATH", nargs="+",
+                    help="folders or files, DICOM, PNG, JPEG or TIFF")
+    parser.add_path("--model", kind="file", variable="TRAINML_MODEL_PATH", part="final.pth.tar",
+                    help="checkpoint of the network")
+    parser.add_path("--output", kind="output", variable="TRAINML_OUTPUT_PATH",
+                    help="folder for the results")
+    parser.add_path("--labels", kind="file",
+                    help="train.csv or label table of these images: adds scores and true boxes")
+    parser.add_to_files("--save-images", action=argparse.BooleanOptionalAction,
+                        help="write annotated PNG images (default: on)")
     add = parser.add_argument_group("what is marked and drawn").add_argument
     add("--box-threshold", "--bt", type=cli.bounded(0, 1),
         help="mask probability above which a pixel belongs to a box (default: the checkpoint's)")
@@ -197,31 +199,26 @@ def make_parser() -> argparse.ArgumentParser:
         help="highest probability below which an image has no boxes (default: the checkpoint's)")
     add("--image-size", type=cli.bounded(64, 8192, int), default=IMAGE_SIZE,
         help="longest side of the annotated images in pixels (default: %(default)s)")
-    add("--heat", action=argparse.BooleanOptionalAction,
-        help="tint images by the mask (default: off)")
     parser.add_runtime_options(batch_size=16, rescale_factor=None)
-    parser.set_defaults(save_images=True, heat=False)
+    parser.set_defaults(save_images=True)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    parser.check_paths(args)
     runtime = parallel.join(args.device, args.precision)
-    sources = [cli.require(path, "data", flag="--data", variable="TRAINML_DATA_PATH")
-               for path in args.data]
-    path = cli.require(args.model, "file", flag="--model", variable="TRAINML_MODEL_PATH")
 
-    # network and thresholds
-    model, checkpoint = load_checkpoint(path, runtime.device)
+    # network, thresholds and truth
+    model, checkpoint = load_checkpoint(Path(args.model), runtime.device)
     rescale_factor = args.rescale_factor or checkpoint.get("rescale_factor") or 4
     model.check_side(rescale_factor)
     thresholds = thresholds_in_use(checkpoint, args.box_threshold, args.gate_threshold)
-    labels = Labels({}, {})
-    if args.labels:
-        labels = read_labels(cli.require(args.labels, "file", flag="--labels"))
+    labels = read_labels(args.labels) if args.labels else Labels({}, {})
 
-    # files
-    output = cli.output_folder(args.output, flag="--output", variable="TRAINML_OUTPUT_PATH")
+    # files, and this process's share of them
+    sources, output = [Path(path) for path in args.data], Path(args.output)
     leave_out = [path for source in sources for path in result_paths(output, source)]
     files, skipped = parallel.once(partial(find_radiographs, sources, leave_out), runtime)
     if not files and not skipped:
@@ -231,26 +228,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse_mixture(folder, [path for path in files.values() if folder in path.parents])
     source = args.data[0] if len(args.data) == 1 else f"the {len(args.data)} paths given"
     print(f"files in {source}: {len(files)}; {runtime.device.type}, {runtime.dtype}; {thresholds}")
-
-    # predictions and pictures
-    results = Results(files, skipped if runtime.rank == 0 else [], labels, thresholds)
     batches = list(cli.batched(files, args.batch_size))  # the same in any number of processes
     share = {key: files[key] for batch in parallel.share(batches, runtime) for key in batch}
-    predictions = predict_files(model, share, runtime, batch_size=args.batch_size,
-                                rescale_factor=rescale_factor, workers=args.workers,
-                                image_size=args.image_size if args.save_images else None)
-    folder = picture_folder(output, files) if args.save_images else None
-    with picture_writer(folder, heat=args.heat) as write_picture:
-        for prediction in cli.progress(predictions, total=len(share), description="predict"):
-            overlay = results.add(*prediction)
+
+    # masks, boxes and pictures
+    folder = output / "images" if args.save_images else None
+    if folder:
+        refuse_to_replace(files, folder)
+    masks = predict_files(model, share, runtime, batch_size=args.batch_size,
+                          rescale_factor=rescale_factor, workers=args.workers,
+                          image_size=args.image_size if folder else None)
+    results = Results(output, labels, thresholds)
+    with picture_writer(folder) as write_picture:
+        for patient_id, *found in cli.progress(masks, total=len(share), description="predict"):
+            overlay = results.add(files[patient_id], patient_id, *found)
             if overlay:
                 write_picture(overlay)
-    results.gather(runtime)
+
+    # the results of all processes
+    made = parallel.gather(results.predictions, runtime)
+    results.predictions = [*(Prediction.skipped(*left_out) for left_out in skipped), *made]
     if runtime.rank == 0:
-        results.write(output)
-        results.report(output, pictures="images" if args.save_images else None)
-    parallel.leave(runtime)
-    return 1 if any(results.internal_errors) or not results.annotations else 0
+        results.write_tables()
+        results.report(pictures="images" if folder else None)
+    return results.status
 
 
 if __name__ == "__main__":

@@ -1,23 +1,21 @@
-"""What a run leaves: pictures, plots, a page, and the files of a training.
+"""What a run leaves in its folder.
 
-drawing.py draws one image and its boxes, curves.py plots losses and scores, report.py writes the
-page that shows both, and records.py keeps a training run's checkpoints and logs.
+A network's mask of a radiograph becomes an Overlay, with its boxes. drawing.py makes it a picture;
+report.py makes it a row of the page that shows all pictures of a run, below the plots of curves.py.
+records.py keeps the checkpoints and logs of a training, and layout.py says where files lie.
 """
 
-from .curves import draw_history, draw_scores
+from .curves import draw_scores
 from .drawing import (
-    COLOURS,
-    GREYS,
     IMAGE_SIZE,
     STYLES,
-    TRUTH,
     Overlay,
     draw_overlay,
     encode_png,
     make_overlay,
-    picture_path,
     picture_writer,
     save_overlay,
 )
+from .layout import refuse_to_replace, result_paths
 from .records import Records, overlays, versions
-from .report import Row, row_of, write_report
+from .report import Row, write_report

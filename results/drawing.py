@@ -1,8 +1,6 @@
-"""Draws a radiograph with its mask, predicted and true boxes, for all scripts, the report and the
-notebooks."""
+"""Draws a radiograph with its mask, its predicted and its true boxes."""
 
 import io
-import os
 import textwrap
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,13 +18,17 @@ from cli import DISK_ERRORS, atomic_write
 from metrics import Thresholds, find_boxes, rescale_boxes
 from radiographs import Radiograph
 
+from .layout import picture_path
+
 IMAGE_SIZE = 1024  # pixels of the longest side, unless said otherwise
 LEGIBLE, NARROWEST = 400, 48  # pixels; minimum of the longest and of the shortest side
-GREYS, TRUTH, PREDICTION, OUTLINE = 252, 252, 253, 254  # palette: 252 greys, then the lines
-COLOURS = (86, 180, 233), (240, 228, 66), (230, 159, 0)  # RGB; distinct without colour vision
-HEAT, HEAT_OPACITIES = (255, 80, 0), (0, 0.12, 0.24, 0.36)  # for each quarter of probability
-STYLES = {  # (colour, dashed) by name in the legend
-    "mask": (OUTLINE, False), "truth": (TRUTH, False), "prediction": (PREDICTION, True)}
+STYLES = {  # lines: RGB colour, distinct without colour vision; whether it is dashed
+    "truth": ((86, 180, 233), False), "prediction": ((240, 228, 66), True),
+    "mask": ((230, 159, 0), False)}
+GREYS = 252  # of the palette; the colours of STYLES follow them
+BLACK, WHITE = 0, GREYS - 1
+PALETTE = np.vstack([np.linspace(0, 255, GREYS)[:, None].repeat(3, axis=1),
+                     [colour for colour, _ in STYLES.values()]]).round().astype(np.uint8).tobytes()
 WAITING = 32  # pictures that may wait to be drawn; more would fill the memory
 
 
@@ -51,54 +53,37 @@ def make_overlay(patient_id: str, radiograph: Radiograph, mask: np.ndarray,
                    thresholds)
 
 
-def draw_overlay(overlay: Overlay, *, heat: bool = False, legend: bool = True) -> Image.Image:
+def draw_overlay(overlay: Overlay, *, legend: bool = True) -> Image.Image:
     """Draws the radiograph with true boxes (solid), predicted ones (dashed) and the outline of the
     mask at the box threshold; below it a `legend` of what is drawn, the id and the thresholds.
 
-    Returns mode "P", as large as `image`, but at least LEGIBLE, at the original's aspect. `heat`
-    tints the image by its mask.
+    Returns mode "P", as large as `image`, but at least LEGIBLE, at the original's aspect.
     """
-    levels = len(HEAT_OPACITIES) if heat else 1
-    white = GREYS // levels - 1
-    picture = _shade(overlay, levels)
-    shapes = {"mask": _outlines(overlay, picture.size),
-              "truth": _rectangles(overlay, overlay.truth, picture.size),
-              "prediction": _rectangles(overlay, overlay.boxes, picture.size)}
-    for name, lines in shapes.items():
-        for points in lines:
-            _trace(picture, points, *STYLES[name])
-    for points, confidence in zip(shapes["prediction"], overlay.confidences):
-        _label(picture, points[0], f"{confidence:.2f}", white)
-    names = [name for name in shapes if len(shapes[name])] if legend else []
-    if names and heat:
-        names.append("heat")
-    footer = _footer(overlay, max(picture.width, LEGIBLE), names, white)
+    picture = _shade(overlay)
+    lines = {"mask": _outlines(overlay, picture.size),
+             "truth": _rectangles(overlay, overlay.truth, picture.size),
+             "prediction": _rectangles(overlay, overlay.boxes, picture.size)}
+    for name, shapes in lines.items():
+        for points in shapes:
+            _trace(picture, points, name)
+    for points, confidence in zip(lines["prediction"], overlay.confidences):
+        _label(picture, points[0], f"{confidence:.2f}")
+    names = [name for name in lines if len(lines[name])] if legend else []
+    footer = _footer(overlay, max(picture.width, LEGIBLE), names)
     canvas = Image.new("L", (footer.width, picture.height + footer.height))
     canvas.paste(picture)
     canvas.paste(footer, (0, picture.height))
-    canvas.putpalette(_palette(levels))
+    canvas.putpalette(PALETTE)
     return canvas
 
 
-def _shade(overlay, levels):
-    """The image as indices into the palette, which has a range of greys for each level of heat."""
+def _shade(overlay):
+    """The image as indices of greys in the palette."""
     height, width = overlay.original_size
     scale = max(*overlay.image.shape, LEGIBLE) / max(height, width)
     size = max(round(width * scale), NARROWEST), max(round(height * scale), NARROWEST)
-    greys = GREYS // levels
     image = Image.fromarray(overlay.image).resize(size, Image.Resampling.BILINEAR)
-    image = image.point([value * greys // 256 for value in range(256)])
-    if levels == 1:
-        return image
-    mask = Image.fromarray(np.float32(overlay.mask)).resize(size, Image.Resampling.BILINEAR)
-    heat = np.clip(np.asarray(mask) * levels, 0, levels - 1).astype(np.uint8)
-    return Image.fromarray(np.asarray(image) + heat * np.uint8(greys))
-
-
-def _palette(levels):
-    greys = np.linspace(0, 255, GREYS // levels)[:, None].repeat(3, axis=1)
-    tinted = [greys + (np.array(HEAT) - greys) * opacity for opacity in HEAT_OPACITIES[:levels]]
-    return np.vstack([*tinted, COLOURS]).round().astype(np.uint8).tobytes()
+    return image.point([value * GREYS // 256 for value in range(256)])
 
 
 def _outlines(overlay, size):
@@ -118,13 +103,15 @@ def _rectangles(overlay, boxes, size):
     return np.stack([[x, x + w, x + w, x, x], [y, y, y + h, y + h, y]]).T
 
 
-def _trace(picture, points, colour, dashed):
-    """Draws a thin line through points (n, 2), edged in black to stand out on bright pixels."""
+def _trace(picture, points, name):
+    """Draws the line of this name through points (n, 2), edged in black to stand out on bright
+    pixels."""
+    colour, is_dashed = GREYS + list(STYLES).index(name), STYLES[name][1]
     draw = ImageDraw.Draw(picture)
     pen = max(round(max(picture.size) / 512), 2)
     points = np.clip(points, 0, np.subtract(picture.size, 1))
-    draw.line(points.ravel().tolist(), 0, pen + 2)
-    for piece in _dashes(points, 5 * pen) if dashed else [points]:
+    draw.line(points.ravel().tolist(), BLACK, pen + 2)
+    for piece in _dashes(points, 5 * pen) if is_dashed else [points]:
         draw.line(piece.ravel().tolist(), colour, pen)
 
 
@@ -135,15 +122,15 @@ def _dashes(points, length):
             yield start + (end - start) * np.array([[index], [index + 0.5]]) / count
 
 
-def _label(picture, corner, text, white):
+def _label(picture, corner, text):
     """Draws white text on black above a corner, or at the top where there is no room."""
     draw = ImageDraw.Draw(picture)
     font = _font(picture.width)
     width, height = font.getlength(text) + 6, font.size + 4
     x = np.clip(corner[0], 0, max(picture.width - width, 0))
     y = corner[1] - height if corner[1] >= height else 0
-    draw.rectangle([x, y, x + width, y + height], fill=0)
-    draw.text((x + 3, y + height / 2), text, white, font, anchor="lm")
+    draw.rectangle([x, y, x + width, y + height], fill=BLACK)
+    draw.text((x + 3, y + height / 2), text, WHITE, font, anchor="lm")
 
 
 @lru_cache
@@ -151,33 +138,21 @@ def _font(width):
     return ImageFont.load_default(max(width // 64, 12))
 
 
-def _footer(overlay, width, names, white):
+def _footer(overlay, width, names):
     """The strip below a picture: a legend of `names`, then the id and the thresholds."""
     font = _font(width)
     row, indent = font.size * 3 // 2, font.size // 2
     lines = _caption(overlay, font, width - 2 * indent)
     strip = Image.new("L", (width, row * (len(lines) + bool(names))))
-    write = partial(ImageDraw.Draw(strip).text, fill=white, font=font, anchor="lm")
+    write = partial(ImageDraw.Draw(strip).text, fill=WHITE, font=font, anchor="lm")
     x, y = indent, row // 2
     for name in names:
-        _sample(strip, x, y, 3 * font.size, name)
+        _trace(strip, np.array([[x, y], [x + 3 * font.size, y]]), name)
         write((x + 3.5 * font.size, y), name)
         x += 4.5 * font.size + font.getlength(name)
     for number, line in enumerate(lines, bool(names)):
         write((indent, (number + 0.5) * row), line)
     return strip
-
-
-def _sample(strip, x, y, width, name):
-    """Draws what a name in the legend stands for, `width` pixels wide from x, centred on y."""
-    if name in STYLES:
-        _trace(strip, np.array([[x, y], [x + width, y]]), *STYLES[name])
-        return
-    levels = len(HEAT_OPACITIES)
-    for level in range(levels):
-        left = x + level * width // levels
-        tint = int((level + 0.5) * (GREYS // levels))
-        ImageDraw.Draw(strip).rectangle([left, y - 5, left + width // levels, y + 5], tint)
 
 
 def _caption(overlay, font, width):
@@ -199,14 +174,9 @@ def encode_png(picture: Image.Image) -> bytes:
     return content.getvalue()
 
 
-def picture_path(folder: Path, patient_id: str) -> Path:
-    """`folder`/<patient_id>.png, its name in UTF-8 whatever the locale."""
-    return folder / os.fsdecode(f"{patient_id}.png".encode())
-
-
-def save_overlay(folder: Path, overlay: Overlay, *, heat: bool = False) -> None:
+def save_overlay(folder: Path, overlay: Overlay) -> None:
     """Writes `folder`/<patient_id>.png; prints a warning unless the disk itself is at fault."""
-    content = encode_png(draw_overlay(overlay, heat=heat))
+    content = encode_png(draw_overlay(overlay))
     path = picture_path(folder, overlay.patient_id)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -219,13 +189,13 @@ def save_overlay(folder: Path, overlay: Overlay, *, heat: bool = False) -> None:
 
 
 @contextmanager
-def picture_writer(folder: Path | None, *, heat: bool = False) -> Iterator[Callable]:
+def picture_writer(folder: Path | None) -> Iterator[Callable[[Overlay], None]]:
     """Yields a function that lets threads draw and write the picture of an overlay; when the block
     ends, all are written. Without a folder the function does nothing."""
     waiting = deque()
 
     def write(overlay: Overlay) -> None:
-        waiting.append(threads.submit(save_overlay, folder, overlay, heat=heat))
+        waiting.append(threads.submit(save_overlay, folder, overlay))
         if len(waiting) > WAITING:
             waiting.popleft().result()
 

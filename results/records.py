@@ -27,7 +27,7 @@ from radiographs import Radiograph, Reading, read_images
 
 from .curves import draw_history, draw_scores
 from .drawing import IMAGE_SIZE, Overlay, draw_overlay, make_overlay, picture_writer
-from .report import row_of, write_report
+from .report import Row, write_report
 
 METRIC_NAMES = {  # in metrics.json and final.pth.tar, of what metrics.summarize returns
     "rsna": "rsna_mean_average_precision", "rsna_standard_error": "rsna_standard_error",
@@ -189,7 +189,7 @@ class Records:
         folder = self.folder / "validation" if has_pictures else None
         with picture_writer(folder) as write_picture:
             for overlay in cli.progress(overlays, total=len(scored), description="draw"):
-                rows.append(row_of(overlay))
+                rows.append(Row.of(overlay))
                 write_picture(overlay)
         write_report(self.folder, rows, lines=lines, pictures=folder and folder.name,
                      plots=["curves.png", "scores.png"])

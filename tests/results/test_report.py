@@ -5,7 +5,7 @@ import pytest
 
 from metrics import Thresholds
 from results.drawing import Overlay
-from results.report import Row, row_of, write_report
+from results.report import Row, write_report
 
 NAME = "<b>bold<img src=x onerror=alert(1)>&amp;"
 
@@ -37,7 +37,7 @@ def overlay(truth, boxes=((0, 0, 10, 10),)):
     (np.array([[0, 0, 10, 10]]), [], Row("a", "not found", "", 0.7, 0.0, 1)),
 ])
 def test_a_row_holds_what_became_of_an_image(truth, boxes, row):
-    made = row_of(overlay(truth, boxes))
+    made = Row.of(overlay(truth, boxes))
     assert str(made._replace(confidence=round(made.confidence, 6))) == str(row)
 
 
