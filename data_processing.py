@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 import cli
-from radiographs import INTERNAL_ERROR, find_dicom_files, read_files, read_header
+from radiographs import find_dicom_files, read_header, readings_of
 
 BOX_COLUMNS = ["x", "y", "width", "height"]
 SMALLEST_BOX = 2  # pixels a side; if all are smaller, they must be shares of the image
@@ -161,15 +161,16 @@ def read_headers(folder: Path) -> pd.DataFrame:
     """
     files, skipped = find_dicom_files(folder)
     refuse_mixture(folder, files)
-    rows = []
-    readings = read_files(_header_row, files.values(), workers=cli.usable_cores(), chunk_size=64)
-    for (patient_id, path), reading in zip(files.items(), readings):
-        if reading.problem:
-            skipped.append((path, reading.problem))
-        else:
-            rows.append({"patientId": patient_id, **reading.value})
+    rows, internal_errors = [], 0
+    with readings_of(_header_row, files.values(), workers=cli.usable_cores(),
+                     chunk_size=64) as readings:
+        for (patient_id, path), reading in zip(files.items(), readings):
+            if reading.problem:
+                skipped.append((path, reading.problem))
+                internal_errors += reading.internal_error
+            else:
+                rows.append({"patientId": patient_id, **reading.value})
     cli.warn("files are left out", [f"{path} {reason}" for path, reason in skipped])
-    internal_errors = sum(reason == INTERNAL_ERROR for _, reason in skipped)
     if internal_errors and not rows:
         raise cli.InternalError(f"no header in {folder} could be read")
     if not rows:

@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 from cli import IMAGE_SIDE, InputError, InternalError, progress, refuse_if, warn
 from data_processing import Labels, read_labels
 from metrics import rescale_boxes
-from radiographs import INTERNAL_ERROR, find_dicom_files, read_images, result_paths
+from radiographs import find_dicom_files, read_images
+from radiographs.files import result_paths
 
 VALIDATION_SHARE = 0.1
 FEWEST = 10  # images of each class that a run needs
@@ -50,10 +51,11 @@ class PneumoniaDataset(Dataset):
         self._file = _allocate(len(files) * self.side**2)
         self.patient_ids, self.paths, self.original_sizes = [], [], []
         self.skipped, self.notes = [], []
-        readings = read_images(files.values(), rescale_factor=IMAGE_SIDE // side, workers=workers)
-        readings = progress(readings, total=len(files), description="prepare")
-        for (patient_id, path), reading in zip(files.items(), readings):
-            self._add(patient_id, path, reading)
+        self.internal_errors = 0  # images left out because of a fault of these scripts
+        with read_images(files.values(), side=self.side, workers=workers) as readings:
+            readings = progress(readings, total=len(files), description="prepare")
+            for (patient_id, path), reading in zip(files.items(), readings):
+                self._add(patient_id, path, reading)
         self._check_skipped(len(files))
         self.boxes = [labels.boxes[key] for key in self.patient_ids]
         self.views = [labels.views[key] for key in self.patient_ids]
@@ -70,6 +72,7 @@ class PneumoniaDataset(Dataset):
     def _add(self, patient_id, path, reading):
         if reading.problem:
             self.skipped.append((path, reading.problem))
+            self.internal_errors += reading.internal_error
             return
         if reading.note:
             self.notes.append((path, reading.note))
@@ -85,11 +88,6 @@ class PneumoniaDataset(Dataset):
             kind = InternalError if self.internal_errors else InputError
             raise kind(f"{len(self.skipped)} of {count} images cannot be read, more than "
                        f"{MAX_UNREADABLE:.0%}; the first is {path}: {reason}")
-
-    @property
-    def internal_errors(self) -> int:
-        """Number of images left out because of a fault of these scripts."""
-        return sum(reason == INTERNAL_ERROR for _, reason in self.skipped)
 
     def __len__(self) -> int:
         return len(self.patient_ids)

@@ -25,12 +25,11 @@ import cli
 from metrics import Thresholds, prediction_string
 from model import choose_runtime, load_checkpoint
 from radiographs import (
-    INTERNAL_ERROR,
     Radiograph,
     ReaderPool,
     UnreadableImage,
     patient_id_of,
-    read_image,
+    read_radiograph,
 )
 from results import IMAGE_SIZE, draw_overlay, encode_png, make_overlay
 
@@ -69,15 +68,16 @@ class Network:
         self.readers = ReaderPool(read_request, READERS)  # forked before PyTorch starts threads
         self.runtime = choose_runtime("auto", "auto")
         self.model, state = load_checkpoint(checkpoint, self.runtime.device)
-        self.rescale_factor = state.get("rescale_factor") or 4
+        self.side = cli.IMAGE_SIDE // (state.get("rescale_factor") or 4)
         self.thresholds = Thresholds.of_checkpoint(state)
         self.lock = Lock()  # one image at a time
 
     def predict(self, content_type: str, body: bytes) -> dict[str, dict[str, str]]:
         """The answer to a request, as get_prediction gives it."""
-        reading = self.readers.read((content_type, body, self.rescale_factor))
-        if reading.trace:  # its last line may hold values of the file
+        reading = self.readers.read((content_type, body, self.side))
+        if reading.internal_error:  # the last line of the trace may hold values of the file
             print(reading.trace.rstrip().rpartition("\n")[0], file=sys.stderr)
+            raise cli.InternalError(reading.problem)
         if reading.problem:
             raise ValueError(reading.problem)
         patient_id, radiograph = reading.value
@@ -94,9 +94,9 @@ class Network:
 
 
 def read_request(request: tuple[str, bytes, int]) -> tuple[str, Radiograph]:
-    """The id and the radiograph in a request (content type, body, rescale factor). Raises
-    UnreadableImage with the reason."""
-    content_type, body, rescale_factor = request
+    """The id and the radiograph in a request (content type, body, side of the network's image).
+    Raises UnreadableImage with the reason."""
+    content_type, body, side = request
     is_json = content_type.lower().startswith(JSON)
     try:
         patient_id, file = _read_json(body) if is_json else _read_form(content_type, body)
@@ -105,7 +105,7 @@ def read_request(request: tuple[str, bytes, int]) -> tuple[str, Radiograph]:
         raise UnreadableImage(f"is not {expected}") from None
     if not patient_id.isprintable() or not re.fullmatch(r'(?![ .])[^<>&"/\\]{1,128}', patient_id):
         raise UnreadableImage('has an id that is not 1 to 128 plain characters without <>&"/\\')
-    return patient_id, read_image(io.BytesIO(file), rescale_factor, IMAGE_SIZE)
+    return patient_id, read_radiograph(io.BytesIO(file), side, IMAGE_SIZE)
 
 
 def _read_json(body):
@@ -172,7 +172,9 @@ def build_app() -> "FastAPI":  # noqa: F821, imported inside
             except asyncio.TimeoutError:
                 raise HTTPException(408, f"took more than {UPLOAD_SECONDS} seconds to arrive")
             except ValueError as error:
-                raise HTTPException(500 if str(error) == INTERNAL_ERROR else 400, str(error))
+                raise HTTPException(400, str(error))
+            except cli.InternalError as error:
+                raise HTTPException(500, str(error))
 
     return app
 

@@ -1,10 +1,9 @@
-"""Reads the headers and the pixels of DICOM files, without PyTorch.
+"""Reads the headers and the pixels of DICOM files.
 
 PNG, JPEG and TIFF images are read here, too: after decoding they are treated the same.
 """
 
 import io
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +13,12 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydicom import config, dcmread
 from pydicom.encaps import get_frame
+from pydicom.errors import InvalidDicomError
 from pydicom.pixels import apply_color_lut, pixel_array
 from pydicom.tag import Tag
 from pydicom.uid import JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLosslessSV1
 
-from cli import IMAGE_SIDE
-
-from .greyscale import displayed, note, read_cells, read_hints, unit_range
+from .greyscale import add_note, bit_layout, display_hints, displayed, unit_range
 
 # in a frame, about twice the largest radiographs; more is refused before it is allocated
 MAX_PIXELS = 2**25
@@ -29,18 +27,30 @@ TAG_NUMBERS = [Tag(name) for name in TAGS]  # looked up once, not for every file
 IMAGE_SIGNATURES = (  # PNG, JPEG, TIFF and BigTIFF in both byte orders
     b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 NOT_DICOM = "is not a DICOM file"
+DAMAGED = "is damaged or of an unknown kind"
+REASONS = {  # by the type of an error
+    InvalidDicomError: NOT_DICOM,
+    Image.DecompressionBombError: f"declares more than the {MAX_PIXELS:,} pixels that can be read",
+    UnidentifiedImageError: DAMAGED,
+    MemoryError: "takes too much memory to read",
+    RecursionError: "nests its sequences too deeply",
+}
+ABOUT_THE_FILE = (  # first words of pydicom's and Pillow's messages that make sense to users
+    "A (00", "Missing required element: (", "No tag to read at file position", "Unknown (00",
+    "The number of bytes of pixel data", "Unable to decode the pixel data", "broken data stream",
+    "image file is truncated", "Truncated File Read")
 
 
 def is_dicom(path: Path) -> bool:
     """Whether a file has DICOM's preamble; raises OSError if it cannot be opened."""
-    return _start(path)[128:] == b"DICM"
+    return _start_of(path)[128:] == b"DICM"
 
 
-def _start(path):
-    if isinstance(path, io.BytesIO):
-        return bytes(path.getbuffer()[:132])
-    with open(path, "rb") as file:
-        return file.read(132)
+def _start_of(file):
+    if isinstance(file, io.BytesIO):
+        return bytes(file.getbuffer()[:132])
+    with open(file, "rb") as opened:
+        return opened.read(132)
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -52,24 +62,17 @@ def read_header(path: Path) -> dict[str, Any]:
 
 def reason_of(error: Exception) -> str:
     """One plain line on why a file cannot be read, for any error of pydicom or a decoder."""
-    text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be opened: {error.strerror}"
-    if "'DICM' prefix" in text:
-        return NOT_DICOM
-    if isinstance(error, Image.DecompressionBombError):
-        return f"declares more than the {MAX_PIXELS:,} pixels that can be read"
-    if isinstance(error, MemoryError):
-        return "takes too much memory to read"
-    if isinstance(error, RecursionError):
-        return "nests its sequences too deeply"
-    if "all available plugins" in text:
+    for kind, reason in REASONS.items():
+        if isinstance(error, kind):
+            return reason
+    text = " ".join(str(error).split())
+    if text.startswith("Unable to decode as exceptions were raised by all"):
         return ("holds pixels that no decoder can read: they are damaged, or not what the header "
                 "says")
-    # a message that names a tag or pixels makes sense to users; others are about Python objects
-    about_file = re.search(r"\([0-9A-F]{4},[0-9A-F]{4}\)|pixel data|file position|image file", text)
-    if about_file and not re.search(r"<|\\x|\bb'", text):
-        return f"is damaged or of an unknown kind ({text:.150})"
+    if text.startswith(ABOUT_THE_FILE):
+        return f"{DAMAGED} ({text:.150})"
     return "has a header that is damaged or lacks a needed value"
 
 
@@ -90,45 +93,49 @@ def decoding_errors() -> Iterator[None]:
 
 
 class Radiograph(NamedTuple):
-    """One file as the network sees it and as people do; air is dark in both."""
-    image: np.ndarray  # (S, S), S = 1024 / rescale_factor; 0..1, as uint8 (readers.py) 0..255
+    """One file as a network sees it and as people do; air is dark in both."""
+    image: np.ndarray  # uint8 (side, side)
     original_size: tuple[int, int]  # (height, width) in pixels
     display: np.ndarray | None = None  # uint8 (height, width) at the original's aspect
 
 
 def load_and_prepare_image(
-        path: str | Path, rescale_factor: int = 4) -> tuple[np.ndarray, tuple[int, int]]:
-    """Reads one file of any size as the network sees it.
+        path: str | Path | io.BytesIO, side: int = 256) -> tuple[np.ndarray, tuple[int, int]]:
+    """Reads one DICOM, PNG, JPEG or TIFF file of any size, whatever its name, or its content in
+    memory, as a network sees it.
 
-    Returns the image, float32 (S, S) with S = 1024 / rescale_factor, scaled to 0..1 by its own
-    range (a constant image gives zeros) with air dark (MONOCHROME2), and its original size (height,
-    width) in pixels. Raises UnreadableImage with the reason; warns with ImageWarning if the image
-    is constant, was in colour, or part of the file was ignored or is in doubt.
+    Returns the image, float32 (side, side), scaled to 0..1 by its own range (a constant image gives
+    zeros) with air dark (MONOCHROME2), and its original size (height, width) in pixels. Raises
+    UnreadableImage with the reason; warns with ImageWarning if the image is constant, was in
+    colour, or part of the file was ignored or is in doubt.
     """
-    return read_radiograph(path, rescale_factor)[:2]
+    return _prepare(path, side)[:2]
 
 
-def read_radiograph(path: str | Path | io.BytesIO, rescale_factor: int = 4,
-                    image_size: int | None = None) -> Radiograph:
-    """Reads one DICOM, PNG, JPEG or TIFF file, whatever its name, or its content in memory.
+def read_radiograph(path: str | Path | io.BytesIO, side: int,
+                    display_size: int | None = None) -> Radiograph:
+    """Like load_and_prepare_image, with the image as uint8 in 0..255. With a `display_size`, also
+    returns an image for people, at most that many pixels on its longest side."""
+    image, original_size, display = _prepare(path, side, display_size)
+    return Radiograph((image * 255 + 0.5).astype(np.uint8), original_size, display)
 
-    Like load_and_prepare_image; with `image_size` it also returns the display, at most that many
-    pixels on its longest side, which does not change the network's image.
-    """
-    side = IMAGE_SIDE // rescale_factor
+
+def _prepare(path, side, display_size=None):
+    """The fields of a Radiograph, the image as float32 in 0..1; it does not depend on the
+    `display_size`."""
     with decoding_errors():
-        start = _start(path)
+        start = _start_of(path)
     if start.startswith(IMAGE_SIGNATURES) and start[128:] != b"DICM":
-        frame = shown = _read_image(path)
+        frame = shown = _picture_frame(path)
         original_size = frame.size[::-1]
     else:
-        frame, shown, original_size = _read_dicom(path, side, image_size)
+        frame, shown, original_size = _dicom_frames(path, side, display_size)
     small = frame.resize((side, side), Image.Resampling.BILINEAR, reducing_gap=1.0)
-    display = _display(shown, image_size) if image_size else None
+    display = _for_display(shown, display_size) if display_size else None
     image = unit_range(np.asarray(small))
     if not image.any():
-        note("is constant: all of its pixels have the same value")
-    return Radiograph(image, original_size, display)
+        add_note("is constant: all of its pixels have the same value")
+    return image, original_size, display
 
 
 def _shrink(size, longest):
@@ -137,8 +144,8 @@ def _shrink(size, longest):
     return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
 
 
-def _display(frame, image_size):
-    size = _shrink(frame.size, image_size)
+def _for_display(frame, display_size):
+    size = _shrink(frame.size, display_size)
     if size != frame.size:
         frame = frame.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
     if frame.mode == "L":
@@ -146,24 +153,7 @@ def _display(frame, image_size):
     return (unit_range(np.asarray(frame)) * 255 + 0.5).astype(np.uint8)
 
 
-def _read_dicom(path, side, image_size):
-    """Frames for the network and for display as Pillow images, and the original size."""
-    with decoding_errors():
-        dataset = dcmread(path)
-        header = _header_values(dataset)
-    _check_header(header)
-    original_size = header["Rows"], header["Columns"]
-    frame = _read_jpeg(dataset, header, (side, side)) if header["is_plain_jpeg"] else None
-    if not frame:
-        frame = _read_pixels(dataset, header)
-        return frame, frame, original_size
-    shown = frame
-    if image_size:
-        shown = _read_jpeg(dataset, header, _shrink(original_size[::-1], image_size))
-    return frame, shown, original_size
-
-
-def _read_image(path):
+def _picture_frame(path):
     """First frame of a PNG, JPEG or TIFF file as a Pillow image `F` in 0..1, rotated by its EXIF
     orientation, without alpha."""
     with decoding_errors(), Image.open(path, formats=["PNG", "JPEG", "TIFF"]) as image:
@@ -180,30 +170,53 @@ def _read_image(path):
     return Image.fromarray(unit_range(_luminance(pixels)))
 
 
+def _dicom_frames(path, side, display_size):
+    """First frame for the network and for display as Pillow images, and the original size."""
+    with decoding_errors():
+        dataset = dcmread(path)
+        header, hints = _header_of(dataset), display_hints(dataset)
+        has_pixels = any(keyword in dataset for keyword in PIXELS)
+    if not has_pixels:
+        raise UnreadableImage("has no pixel data: it holds no image, or was cut off before its end")
+    _check_header(header)
+    original_size = header["Rows"], header["Columns"]
+    frame = None
+    if header["TransferSyntaxUID"] == JPEGBaseline8Bit and _is_grey(header) and not hints:
+        frame = shown = _jpeg_frame(dataset, header, (side, side))
+    if not frame:
+        frame = shown = _full_frame(dataset, header, hints)
+    elif display_size:
+        shown = _jpeg_frame(dataset, header, _shrink(original_size[::-1], display_size))
+    return frame, shown, original_size
+
+
 # keyword: value where it is absent or empty
 INTEGERS = {"Rows": 0, "Columns": 0, "NumberOfFrames": 1, "SamplesPerPixel": 1}
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
 
-def _header_values(dataset):
-    """What decides how a file is read, as plain values by keyword, with its display hints."""
+def _header_of(dataset):
+    """What decides how a file is decoded, as plain values by keyword."""
     header = {name: int(dataset.get(name) or default) for name, default in INTEGERS.items()}
-    photometric = "\\".join(map(str, np.ravel(dataset.get("PhotometricInterpretation") or "")))
-    header["PhotometricInterpretation"] = photometric
-    header["syntax"] = dataset.file_meta.get("TransferSyntaxUID")
-    header["has_pixels"] = any(keyword in dataset for keyword in PIXELS)
-    is_grey = header["SamplesPerPixel"] == 1 and photometric.startswith("MONOCHROME")
-    hints = read_hints(dataset)
-    is_plain_jpeg = header["syntax"] == JPEGBaseline8Bit and is_grey and not hints
-    return header | hints | {"is_grey": is_grey, "is_plain_jpeg": is_plain_jpeg}
+    photometric = np.ravel(dataset.get("PhotometricInterpretation") or "")
+    header["PhotometricInterpretation"] = "\\".join(map(str, photometric))
+    header["TransferSyntaxUID"] = dataset.file_meta.get("TransferSyntaxUID")
+    return header
+
+
+def _is_grey(header):
+    is_monochrome = header["PhotometricInterpretation"].startswith("MONOCHROME")
+    return header["SamplesPerPixel"] == 1 and is_monochrome
+
+
+def _is_negative(header):
+    return header["PhotometricInterpretation"] == "MONOCHROME1"
 
 
 def _check_header(header):
     """Refuses, by the header alone, what cannot be decoded or should not be tried."""
-    if not header["has_pixels"]:
-        raise UnreadableImage("has no pixel data: it holds no image, or was cut off before its end")
     _check_size(header["Columns"], header["Rows"])
-    if not header["syntax"]:
+    if not header["TransferSyntaxUID"]:
         raise UnreadableImage("does not say how its pixels are encoded: it has no transfer syntax")
     _note_frames(header["NumberOfFrames"])
 
@@ -216,10 +229,10 @@ def _check_size(columns, rows):
 
 def _note_frames(frames):
     if frames > 1:
-        note(f"has {frames} frames; only the first is used")
+        add_note(f"has {frames} frames; only the first is used")
 
 
-def _read_jpeg(dataset, header, size):
+def _jpeg_frame(dataset, header, size):
     """First frame of a plain JPEG file, the challenge's kind, as a Pillow image `L`, air dark.
 
     None if Pillow cannot decode the stream, such as 12 bits declared as 8. Decodes at 1/2, 1/4 or
@@ -239,18 +252,18 @@ def _read_jpeg(dataset, header, size):
                 f"{image.size[0]} x {image.size[1]} of mode {image.mode}")
         image.draft("L", size)
         image.load()
-    return ImageOps.invert(image) if header["PhotometricInterpretation"] == "MONOCHROME1" else image
+    return ImageOps.invert(image) if _is_negative(header) else image
 
 
-def _read_pixels(dataset, header):
+def _full_frame(dataset, header, hints):
     """First frame of any other file as a Pillow image `F` in 0..1 with air dark, in full size."""
     with decoding_errors():
-        header = header | read_cells(dataset)
-        pixels = _decode(dataset, header)
+        layout = bit_layout(dataset)
+        pixels = _decode(dataset, header, layout.stored)
     if pixels.ndim == 3:
         pixels = _luminance(pixels)
-    elif header["is_grey"]:
-        pixels = displayed(pixels, header)
+    elif _is_grey(header):
+        pixels = displayed(pixels, layout, hints, negative=_is_negative(header))
     else:
         raise UnreadableImage(
             f"has the photometric interpretation {header['PhotometricInterpretation']}")
@@ -261,15 +274,15 @@ def _luminance(pixels):
     """Grey values (height, width) of pixels (height, width[, samples])."""
     if pixels.ndim == 2:
         return pixels
-    note("is a colour image; its luminance is used")
+    add_note("is a colour image; its luminance is used")
     return pixels[..., :3] @ np.float32([0.299, 0.587, 0.114])  # ITU-R BT.601
 
 
-def _decode(dataset, header):
+def _decode(dataset, header, bits_stored):
     """Pixels of the first frame, (height, width[, samples]); those of a grey one as stored."""
-    if header["syntax"] == JPEGExtended12Bit and header["BitsStored"] > 8:
+    if header["TransferSyntaxUID"] == JPEGExtended12Bit and bits_stored > 8:
         # pydicom refuses 12 bits in this syntax, but GDCM looks only at the stream and decodes them
         dataset.file_meta.TransferSyntaxUID = JPEGLosslessSV1
-    pixels = pixel_array(dataset, index=0, correct_unused_bits=not header["is_grey"])
+    pixels = pixel_array(dataset, index=0, correct_unused_bits=not _is_grey(header))
     is_palette = header["PhotometricInterpretation"] == "PALETTE COLOR"
     return apply_color_lut(pixels, dataset) if is_palette else pixels

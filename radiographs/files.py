@@ -1,26 +1,16 @@
 """Finds the files of radiographs in folders and gives each its patient_id."""
 
-import json
 import os
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-from cli import InputError
 
 from .dicom import NOT_DICOM, is_dicom, reason_of
 
-# layout of the challenge; the marker is sample_data.py's
-TRAIN_IMAGES, TEST_IMAGES = "stage_2_train_images", "stage_2_test_images"
-MARKER = "synthetic.json"
 DICOM_SUFFIXES = {"", ".dcm", ".dicom", ".dic", ".ima"}  # and numbers; other files are opened
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
-PICTURES = "images", "validation"  # folders, in which the results are the PNG files
-RESULTS = (  # of a run, not its input
-    "logs", "curves.png", "scores.png", "report.html", "annotations.json",
-    "submission.csv", "skipped.csv", "split.csv", "metrics.json", "last.pth.tar",
-    "loss.best.pth.tar", "prec.best.pth.tar", "final.pth.tar")
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
+Found = tuple[dict[str, Path], list[tuple[Path, str]]]  # {patient_id: path}, [(skipped, reason)]
 
 
 def patient_id_of(path: Path, folder: Path | None = None) -> str:
@@ -28,28 +18,20 @@ def patient_id_of(path: Path, folder: Path | None = None) -> str:
 
     A trailing `.123` is part of a UID, not a suffix; bytes that are not UTF-8 are escaped.
     """
-    name = path.relative_to(folder).as_posix() if folder else path.name
+    name = _name_below(folder, path) if folder else path.name
     stem, suffix = os.path.splitext(name)
-    return _text(name if suffix[1:].isdigit() else stem)
+    return _printable(name if suffix[1:].isdigit() else stem)
 
 
-def _text(name):
+def _name_below(folder, path):
+    return Path(os.path.relpath(path, folder)).as_posix()
+
+
+def _printable(name):
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def result_paths(output: Path, data: Path) -> list[Path]:
-    """What a search of `data` must skip: `output` if it lies inside, else the results in it."""
-    output, data = output.resolve(), data.resolve()
-    if data in output.parents:
-        return [output]
-    folders = [output / name for name in PICTURES] if data == output else []
-    pictures = [path for folder in folders for path in folder.rglob("*.png")]
-    return [output / name for name in RESULTS] + pictures
-
-
-def find_dicom_files(
-        folder: Path, leave_out: Iterable[Path] = (),
-) -> tuple[dict[str, Path], list[tuple[Path, str]]]:
+def find_dicom_files(folder: Path, leave_out: Iterable[Path] = ()) -> Found:
     """Searches `folder`, its sub-folders and linked folders, except hidden ones and `leave_out`.
 
     Returns files {patient_id: Path} and skipped [(Path, reason)]. Files with the same stem get
@@ -67,7 +49,7 @@ def _search(folder, leave_out):
         stems[patient_id_of(path)].append(path)
     for paths in stems.values():
         for path in paths:
-            reason = _refusal(path, shared=len(paths) > 1)
+            reason = _refusal(path, look_inside=len(paths) > 1)
             if reason:
                 skipped.append((path, reason))
             else:
@@ -75,65 +57,53 @@ def _search(folder, leave_out):
     return found, skipped
 
 
-def find_radiographs(
-        sources: Sequence[Path], leave_out: Iterable[Path] = (),
-) -> tuple[dict[str, Path], list[tuple[Path, str]]]:
-    """Takes the files among `sources` and searches the folders.
+def find_radiographs(sources: Sequence[Path], leave_out: Iterable[Path] = ()) -> Found:
+    """Takes the files among `sources` and searches the folders; returns what find_dicom_files does.
 
-    Returns what find_dicom_files does. PNG, JPEG and TIFF images in a folder are taken only if it
-    holds no DICOM files; otherwise they are copies, masks or documents, and their number is
-    printed. Raises InputError if there are no files at all, and as refuse_mixture does.
+    PNG, JPEG and TIFF images in a folder are taken only if it holds no DICOM files; otherwise they
+    are copies, masks or documents, and their number is printed.
     """
-    found, skipped = [], []
+    found, skipped, folders = [], [], []
     for source in sources:
+        paths, left_out = [source], []
         if source.is_dir():
             paths, left_out = _search_radiographs(source, leave_out)
-            refuse_mixture(source, paths)
-            found += paths
-            skipped += left_out
-        else:
-            found.append(source)
-    if not found and not skipped:
-        raise InputError(f"no files in {', '.join(map(str, sources))}: give another with --data")
-    skipped = list(dict.fromkeys(skipped))  # sources may overlap
-    folders = [source if source.is_dir() else source.parent for source in sources]
-    if len(folders) == 1:
-        return name_files(found, folders[0]), skipped
-    common = os.path.commonpath([os.path.abspath(folder) for folder in folders])
-    return name_files([Path(os.path.abspath(path)) for path in found], Path(common)), skipped
+        found += paths
+        skipped += left_out
+        folders.append(os.path.abspath(source if source.is_dir() else source.parent))
+    # sources may overlap
+    files = name_files({os.path.abspath(path): path for path in found}.values(),
+                       Path(os.path.commonpath(folders)))
+    return files, list(dict.fromkeys(skipped))
 
 
 def _search_radiographs(folder, leave_out):
     found, skipped = _search(folder, leave_out)
-    images, others = [], []
+    pictures, others = [], []
     for path, reason in skipped:
-        if reason == NOT_DICOM and path.suffix.lower() in IMAGE_SUFFIXES:
-            images.append(path)
+        if reason == NOT_DICOM and path.suffix.lower() in PICTURE_SUFFIXES:
+            pictures.append(path)
         else:
             others.append((path, reason))
-    if images and any(_refusal(path, shared=True) is None for path in found):
+    if pictures and any(_refusal(path, look_inside=True) is None for path in found):
         print(f"{folder} holds DICOM files, so its PNG, JPEG and TIFF files are not read "
-              f"({len(images)})")
+              f"({len(pictures)})")
         return found, others
-    return found + images, others
+    return found + pictures, others
 
 
 def name_files(paths: Iterable[Path], folder: Path) -> dict[str, Path]:
     """Maps patient_id to path: the id is the stem or, if several paths share it, which is printed,
-    the path below `folder`."""
-    files, stems, alike = {}, defaultdict(list), []
-    for path in dict.fromkeys(paths):
-        stems[patient_id_of(path)].append(path)
-    for stem, same in stems.items():
-        if len(same) == 1:
-            files[stem] = same[0]
-        else:
-            alike += same
-    ids = Counter(patient_id_of(path, folder) for path in alike)
+    the path below `folder`, with its suffix only where that tells files apart."""
+    paths = list(paths)
+    stems = Counter(map(patient_id_of, paths))
+    files = {patient_id_of(path): path for path in paths if stems[patient_id_of(path)] == 1}
+    alike = [path for path in paths if stems[patient_id_of(path)] > 1]
+    below = Counter(patient_id_of(path, folder) for path in alike)
     for path in alike:
         patient_id = patient_id_of(path, folder)
-        if ids[patient_id] > 1:  # in the same folder, with another suffix
-            patient_id = _text(path.relative_to(folder).as_posix())
+        if below[patient_id] > 1:
+            patient_id = _printable(_name_below(folder, path))
         while patient_id in files:  # "a.dcm" is also the stem of "a.dcm.dcm"
             patient_id += "_"
         files[patient_id] = path
@@ -141,19 +111,6 @@ def name_files(paths: Iterable[Path], folder: Path) -> dict[str, Path]:
         print(f"{len(alike)} files share their names with others: their ids are their paths below "
               f"{folder}, such as {patient_id}")
     return files
-
-
-def refuse_mixture(folder: Path, files: Collection) -> None:
-    """Raises InputError if sample_data.py made the folder but not all of its files."""
-    try:
-        made = json.loads((Path(folder).parent / MARKER).read_text())
-        expected = {TRAIN_IMAGES: made["train"], TEST_IMAGES: made["test"]}[Path(folder).name]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # not a folder of sample_data.py
-    if len(files) > expected:
-        raise InputError(
-            f"{folder} holds {len(files)} files, but sample_data.py made {expected}: phantoms and "
-            "radiographs are mixed; give each a folder of its own, named by TRAINML_DATA_PATH")
 
 
 def _walk(folder, leave_out, skipped):
@@ -169,23 +126,42 @@ def _walk(folder, leave_out, skipped):
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        named = [name for name in folders if name.lower().endswith(".dcm")]
-        skipped += [(Path(root, name), "is a folder") for name in named]
         for name in sorted(names):
             left_out = os.path.join(real, name) in seen
             if not (left_out or name.startswith(".") or name.upper() == "DICOMDIR"):
                 yield Path(root, name)
 
 
-def _refusal(path, shared):
-    """Why this is not a DICOM file, None if it may be one; `shared`: another file has its stem."""
+def _refusal(path, look_inside):
+    """Why this is not a DICOM file, None if it may be one; without `look_inside`, files are opened
+    only if they have another kind's suffix."""
     suffix = path.suffix.lower()
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             return "is not a regular file"
-        if shared or (suffix not in DICOM_SUFFIXES and not suffix[1:].isdigit()):
+        if look_inside or (suffix not in DICOM_SUFFIXES and not suffix[1:].isdigit()):
             return None if is_dicom(path) else NOT_DICOM
     except OSError as error:
         gone = isinstance(error, FileNotFoundError) and path.is_symlink()
         return "is a link to nothing" if gone else reason_of(error)
     return None
+
+
+# Until results/ has it
+
+
+PICTURES = "images", "validation"  # folders, in which the results are the PNG files
+RESULTS = (  # of a run, not its input
+    "logs", "curves.png", "scores.png", "report.html", "annotations.json",
+    "submission.csv", "skipped.csv", "split.csv", "metrics.json", "last.pth.tar",
+    "loss.best.pth.tar", "prec.best.pth.tar", "final.pth.tar")
+
+
+def result_paths(output: Path, data: Path) -> list[Path]:
+    """What a search of `data` must skip: `output` if it lies inside, else the results in it."""
+    output, data = output.resolve(), data.resolve()
+    if data in output.parents:
+        return [output]
+    folders = [output / name for name in PICTURES] if data == output else []
+    pictures = [path for folder in folders for path in folder.rglob("*.png")]
+    return [output / name for name in RESULTS] + pictures

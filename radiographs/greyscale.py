@@ -2,11 +2,11 @@
 
     stored bits -> padding aside -> modality -> values of interest -> 0..1 with air dark
 
-A display hint that cannot be used is ignored with an ImageWarning. `header` maps keywords to plain
-values: DICOM's PhotometricInterpretation, and what read_cells() and read_hints() return.
+A display hint that cannot be used is ignored with an ImageWarning.
 """
 
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,25 +15,29 @@ class ImageWarning(UserWarning):
     """A radiograph that was read, but not as a plain grey image."""
 
 
-def note(text: str) -> None:
+def add_note(text: str) -> None:
     """Warns with ImageWarning; `text` completes a sentence that starts with the file's name."""
     warnings.warn(text, ImageWarning, stacklevel=2)
 
 
 def _leave_out(hint):
-    note(f"is read without its {hint}, which cannot be used")
+    add_note(f"is read without its {hint}, which cannot be used")
+
+
+# What the header says; each of these is None where it cannot be used
 
 
 def _number(dataset, keyword):
-    """First number of a display hint; NaN where there is none."""
+    """The first finite number of an element."""
     try:
-        return float(np.ravel(dataset[keyword].value)[0])
+        number = float(np.ravel(dataset[keyword].value)[0])
     except Exception:  # pydicom raises many types on a broken value
-        return np.nan
+        return None
+    return number if np.isfinite(number) else None
 
 
 def _table(dataset, keyword):
-    """The first look-up table of a sequence as (entries, first value mapped); None if unusable.
+    """The first look-up table of a sequence as (entries, first value mapped).
 
     PS3.3 C.11.1.1 and C.11.2.1.1: 0 entries mean 65,536; entries of 8 bits come one or two in a
     word of 16, the first of two in the low byte.
@@ -54,68 +58,76 @@ def _table(dataset, keyword):
     return (entries[:count], first) if len(entries) >= count else None
 
 
-def _text(dataset, keyword):
+def _word(dataset, keyword):
     return str(dataset[keyword].value or "").upper()
 
 
 HINTS = {
     "ModalityLUTSequence": _table, "RescaleSlope": _number, "RescaleIntercept": _number,
     "VOILUTSequence": _table, "WindowCenter": _number, "WindowWidth": _number,
-    "VOILUTFunction": _text, "PixelPaddingValue": _number, "PixelPaddingRangeLimit": _number,
+    "VOILUTFunction": _word, "PixelPaddingValue": _number, "PixelPaddingRangeLimit": _number,
 }
 
 
-def read_hints(dataset) -> dict:
-    """The display hints that a pydicom dataset has, by keyword.
-
-    A number is NaN where it cannot be used; a table (entries, first value mapped) is None.
-    """
+def display_hints(dataset) -> dict:
+    """The display hints that a pydicom dataset has, by keyword: finite numbers, words, and tables
+    as (entries, first value mapped); None where one cannot be used."""
     present = [keyword for keyword in HINTS if keyword in dataset]
     return {keyword: HINTS[keyword](dataset, keyword) for keyword in present}
 
 
-def read_cells(dataset) -> dict:
-    """How the pixel cells of a pydicom dataset hold values, and whether they hold overlays too."""
-    bits = {name: int(dataset.get(name) or 0) for name in ("BitsStored", "HighBit")}
-    positions = [_number(dataset, (group, 0x0102)) for group in range(0x6000, 0x6020, 2)]
-    return bits | {"has_overlay": any(position > 0 for position in positions)}
+class BitLayout(NamedTuple):
+    """Which bits of a pixel cell hold its value (PS3.5 8.1.1), and whether others hold overlays."""
+    stored: int
+    high: int
+    has_overlay: bool
 
 
-def displayed(cells: np.ndarray, header: dict) -> np.ndarray:
-    """Grey values of a frame's cells (height, width) on any scale, air dark; padding is NaN."""
-    values = stored_values(cells, header)
-    shown = _without_padding(values, header)
-    visible = values[shown]
+def bit_layout(dataset) -> BitLayout:
+    """The BitLayout that a pydicom dataset declares."""
+    stored, high = (int(dataset.get(name) or 0) for name in ("BitsStored", "HighBit"))
+    positions = [_number(dataset, (group, 0x0102)) or 0 for group in range(0x6000, 0x6020, 2)]
+    return BitLayout(stored, high, max(positions) > 0)
+
+
+def displayed(cells: np.ndarray, layout: BitLayout, hints: dict, *, negative: bool) -> np.ndarray:
+    """Grey values of a frame's cells (height, width) on any scale, air dark; padding is NaN.
+
+    `hints` are display_hints(); in a `negative` image low values are bright.
+    """
+    values = stored_values(cells, layout)
+    padding = _padding(values, hints)
+    visible = values if padding is None else values[~padding]
     for stage in STAGES:
-        visible = _transform(visible, stage, header)
-    if header["PhotometricInterpretation"] == "MONOCHROME1":
+        visible = _transform(visible, stage, hints)
+    if negative:
         visible = np.negative(visible, dtype=np.float64)
-    if shown is ...:
+    if padding is None:
         return visible
     result = np.full(values.shape, np.nan)
-    result[shown] = visible
+    result[~padding] = visible
     return result
 
 
-def stored_values(cells: np.ndarray, header: dict) -> np.ndarray:
-    """The Bits Stored bits up to High Bit of each cell (PS3.5 8.1.1), in the type of the cells.
+def stored_values(cells: np.ndarray, layout: BitLayout) -> np.ndarray:
+    """The stored bits of each cell, in the type of the cells.
 
     Bits above them are masked if they hold overlays; otherwise values that use them are kept whole.
     """
-    width, bits, has_overlay = 8 * cells.itemsize, header["BitsStored"], header["has_overlay"]
+    width, bits = 8 * cells.itemsize, layout.stored
     if cells.dtype.kind == "f" or not 0 < bits < width:
         return cells
-    shift = max(min(header["HighBit"] + 1, width) - bits, 0)
-    if shift and not has_overlay and _fits(cells, bits) and (cells & (2**shift - 1)).any():
-        note(f"declares High Bit {header['HighBit']}, but its values lie below and are not shifted")
+    shift = max(min(layout.high + 1, width) - bits, 0)
+    if shift and not layout.has_overlay and _fits(cells, bits) and (cells & (2**shift - 1)).any():
+        add_note(f"declares High Bit {layout.high}, but its values lie below and are not shifted")
         shift = 0
     if not shift and _fits(cells, bits) and cells.dtype.kind == "u":
         return cells
     whole = cells >> shift
     stored = cells << (width - bits - shift) >> (width - bits)  # unused bits now repeat the sign
-    if has_overlay or _fits(whole, bits) or (whole == stored).all():
+    if layout.has_overlay or _fits(whole, bits) or (whole == stored).all():
         return stored
-    note(f"holds values of more than the {bits} bits that it declares; they are used whole")
+    add_note(f"holds values of more than the {bits} bits that it declares; they are used whole")
     return whole
 
 
@@ -123,45 +135,42 @@ def _fits(cells, bits):
     return cells.min() >= 0 and cells.max() < 2**bits
 
 
-def _without_padding(values, header):
-    """Index of the pixels that are not padding (PS3.3 C.7.5.1.1.2)."""
+def _padding(values, hints):
+    """Mask of the pixels that are padding (PS3.3 C.7.5.1.1.2); None if there is none to use."""
     for name in ("PixelPaddingRangeLimit", "PixelPaddingValue"):
-        ends = np.array([header.get("PixelPaddingValue", np.nan), header.get(name, np.nan)])
-        if (np.abs(ends) < 2**32).all():
+        ends = [hints.get("PixelPaddingValue"), hints.get(name)]
+        if None not in ends and np.abs(ends).max() < 2**32:
             # -2000 may be written as 63536
-            low, high = np.sort(ends.astype(np.int64).astype(values.dtype))
-            shown = (values < low) | (values > high)
-            if _varies(values[shown]):
-                return shown
-        if name in header:
+            low, high = np.sort(np.array(ends).astype(np.int64).astype(values.dtype))
+            padding = (values >= low) & (values <= high)
+            if _varies(values[~padding]):
+                return padding
+        if name in hints:
             _leave_out(name)
-    return ...
+    return None
 
 
 def _varies(values):
-    values = np.asarray(values)
     if values.dtype.kind == "f":
         values = values[np.isfinite(values)]
     return values.size > 0 and values.min() < values.max()
 
 
-def _transform(values, stage, header):
-    """Applies the first transform of a stage that the header has and that keeps values apart."""
-    for hint, function, keywords in stage:
-        given = [header.get(keyword, np.nan) for keyword in keywords]
-        if any(keyword in header for keyword in keywords) and _varies(values):
+def _transform(values, stage, hints):
+    """Applies the first transform of a stage that the file has and that keeps values apart."""
+    for name, function, keywords in stage:
+        given = [hints.get(keyword) for keyword in keywords]
+        if any(keyword in hints for keyword in keywords) and _varies(values):
             with np.errstate(all="ignore"):
-                changed = function(values, *given, header)
-            if _varies(changed):
+                changed = None if None in given else function(values, *given, hints)
+            if changed is not None and _varies(changed):
                 return changed
-            _leave_out(hint)
+            _leave_out(name)
     return values
 
 
-def _look_up(values, table, header):
+def _look_up(values, table, hints):
     """PS3.3 C.11.1.1 and C.11.2.1.1: values beyond those mapped get the first or last entry."""
-    if table is None:
-        return np.nan
     entries, first = table
     if first >= 2**15 and (values.min() < 0 or values.max() < first):
         first -= 2**16  # a negative number, written as an unsigned one
@@ -169,13 +178,13 @@ def _look_up(values, table, header):
     return entries[np.nan_to_num(index).astype(np.intp)]
 
 
-def _rescale(values, slope, intercept, header):
+def _rescale(values, slope, intercept, hints):
     return values * slope + intercept
 
 
-def _window(values, center, width, header):
-    """PS3.3 C.11.2.1.2 and C.11.2.1.3 up to scale and offset; NaN for a width not allowed."""
-    function = header.get("VOILUTFunction", "LINEAR")
+def _window(values, center, width, hints):
+    """PS3.3 C.11.2.1.2 and C.11.2.1.3 up to scale and offset; None for a width not allowed."""
+    function = hints.get("VOILUTFunction", "LINEAR")
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
         _leave_out("VOI LUT Function")
         function = "LINEAR"
@@ -183,8 +192,8 @@ def _window(values, center, width, header):
         center, width = center - 0.5, width - 1
         if width == 0:
             return values > center
-    if not width > 0:
-        return np.nan
+    if width <= 0:
+        return None
     distance = (values - center) / width
     return np.tanh(2 * distance) if function == "SIGMOID" else np.clip(distance, -0.5, 0.5)
 

@@ -5,7 +5,6 @@ Why not a library: the pool of concurrent.futures breaks when a worker dies; peb
 semaphores, which a container without /dev/shm lacks, and limits wall-clock time, not CPU time.
 """
 
-import io
 import mmap
 import multiprocessing
 import os
@@ -15,24 +14,21 @@ import sys
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from .dicom import Radiograph, UnreadableImage, read_radiograph, reason_of
+from .dicom import UnreadableImage, read_radiograph, reason_of
 from .greyscale import ImageWarning
 
 TIME_LIMIT = 20  # seconds of CPU time for one file; MAX_PIXELS of JPEG 2000 take 6 on a server
 WAIT_LIMIT = 300  # wall-clock seconds, for a reader that hangs without using the CPU
 MEMORY_LIMIT = 5 * 2**28  # bytes; some MB of hostile DICOM can inflate to many GB
-INTERNAL_ERROR = "was not read because of an internal error; its traceback is on stderr"
 
 
 def _limit_memory():
@@ -46,14 +42,20 @@ def _limit_memory():
 
 
 class Reading(NamedTuple):
-    """The result for one file: a `value` or a `problem`; `note` is a remark on the value."""
+    """The result for one file: a `value` with a `note` on what was ignored or is in doubt, if
+    anything, or a `problem`; both complete a sentence that starts with the file's name."""
     value: Any = None
     problem: str = ""
     note: str = ""
-    trace: str = ""  # traceback of a bug of ours
+    trace: str = ""  # traceback, where the problem is a fault of this code
+
+    @property
+    def internal_error(self) -> bool:
+        """Whether a fault of this code is to blame, not the file."""
+        return bool(self.trace)
 
 
-def _read(function, path, caught):
+def _reading_of(function, path, caught):
     caught.clear()
     _limit_time(TIME_LIMIT)
     try:
@@ -63,7 +65,8 @@ def _read(function, path, caught):
     except MemoryError as error:
         return Reading(problem=reason_of(error))
     except Exception:
-        return Reading(problem=INTERNAL_ERROR, trace=traceback.format_exc())
+        problem = "was not read because of an internal error; its traceback is on stderr"
+        return Reading(problem=problem, trace=traceback.format_exc())
     return Reading(value, note="; ".join(str(warning.message) for warning in caught))
 
 
@@ -86,7 +89,7 @@ def _serve(connection, parent_end, function):
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", ImageWarning)
         while True:
-            readings = [_read(function, path, caught) for path in connection.recv()]
+            readings = [_reading_of(function, path, caught) for path in connection.recv()]
             _limit_time(0)
             connection.send(readings)
 
@@ -107,10 +110,14 @@ _starting = Lock()  # no reader may inherit the child's end of another reader's 
 
 class ReaderPool:
     """Processes that call `function` on the items they are sent, each for one caller at a time. Any
-    thread may call, and waits for an idle reader; a reader that dies is replaced."""
+    thread may call, and waits for an idle reader; a reader that dies is replaced.
+
+    The function raises UnreadableImage for a file that it cannot read, and issues an ImageWarning
+    about what it ignores.
+    """
 
     def __init__(self, function: Callable[[Any], Any], readers: int):
-        self.function = function
+        self.function, self.readers = function, readers
         self.started = []
         self.idle = SimpleQueue()  # of (process, connection)
         for _ in range(readers):
@@ -139,7 +146,7 @@ class ReaderPool:
         self._start()
         return process.exitcode
 
-    def read_chunk(self, chunk: list) -> list[Reading] | str:
+    def _read_chunk(self, chunk):
         """A Reading of each item, or the problem that ended their reader."""
         process, connection = self.idle.get()
         while connection.poll():  # nothing was sent yet, so this reader is dead
@@ -160,8 +167,31 @@ class ReaderPool:
 
     def read(self, item: Any) -> Reading:
         """Reading of one item."""
-        readings = self.read_chunk([item])
+        readings = self._read_chunk([item])
         return Reading(problem=readings) if isinstance(readings, str) else readings[0]
+
+    def read_ahead(self, items: Sequence, chunk_size: int) -> Iterator[Reading]:
+        """Yields a Reading of each item, in order; up to `chunk_size` are sent to a reader at a
+        time. If a reader crashes or takes too long, its items are retried one by one while no other
+        is read. The first traceback of an internal error is printed."""
+        size = min(chunk_size, len(items) // (4 * self.readers) + 1)
+        chunks = deque(items[first:first + size] for first in range(0, len(items), size))
+        window = deque()  # of (chunk, future)
+        printed = False
+        while chunks or window:
+            while chunks and len(window) <= 2 * self.readers:
+                chunk = chunks.popleft()
+                window.append((chunk, self.threads.submit(self._read_chunk, chunk)))
+            chunk, future = window.popleft()
+            readings = future.result()
+            if isinstance(readings, str):
+                wait([future for _, future in window])
+                readings = [self.read(item) for item in chunk]
+            for reading in readings:
+                if reading.trace and not printed:
+                    print(reading.trace, file=sys.stderr)
+                    printed = True
+                yield reading
 
     def stop(self) -> None:
         """Ends all readers."""
@@ -174,58 +204,21 @@ class ReaderPool:
             process.join()
 
 
-def read_files(
-        function: Callable[[Path], Any], paths: Iterable[Path], *,
-        workers: int, chunk_size: int = 8,
-) -> Iterator[Reading]:
-    """Yields a Reading of function(path) for each path, in order, from processes that read ahead.
-
-    The function raises UnreadableImage for a file that it cannot read, and issues an ImageWarning
-    about what it ignores; the traceback of any other error is printed once. If a reader crashes or
-    takes too long, its files are retried one by one while no other file is read.
-    """
+@contextmanager
+def readings_of(function: Callable[[Path], Any], paths: Iterable[Path], *, workers: int,
+                chunk_size: int = 8) -> Iterator[Iterator[Reading]]:
+    """For a `with` block, whose end ends the processes: a Reading of function(path) for each path,
+    in order. Up to `chunk_size` paths are sent to a process at a time."""
     paths = list(paths)
-    size = min(chunk_size, len(paths) // (4 * workers) + 1)  # files sent to a reader at a time
-    chunks = [paths[first:first + size] for first in range(0, len(paths), size)]
-    window = deque()  # of (chunk, future)
-    printed = {""}
     pool = ReaderPool(function, min(workers, len(paths)) or 1)
     try:
-        while chunks or window:
-            while chunks and len(window) <= 2 * workers:
-                chunk = chunks.pop(0)
-                window.append((chunk, pool.threads.submit(pool.read_chunk, chunk)))
-            chunk, future = window.popleft()
-            readings = future.result()
-            if isinstance(readings, str):
-                wait([future for _, future in window])
-                readings = [pool.read(path) for path in chunk]
-            if not (chunks or window):
-                pool.stop()  # a signal would be lost while Python deletes an unfinished generator
-            for reading in readings:
-                _print_once(reading.trace, printed)
-                yield reading
+        yield pool.read_ahead(paths, chunk_size)
     finally:
         pool.stop()
 
 
-def _print_once(trace, printed):
-    """Prints a traceback unless one from the same place was printed already."""
-    place = trace.rstrip().rpartition("\n")[0]
-    if place not in printed:
-        print(trace, file=sys.stderr)
-        printed.add(place)
-
-
-def read_images(paths: Iterable[Path], *, rescale_factor: int, workers: int,
-                image_size: int | None = None) -> Iterator[Reading]:
-    """Yields a Reading of read_image for each path, in order."""
-    function = partial(read_image, rescale_factor=rescale_factor, image_size=image_size)
-    return read_files(function, paths, workers=workers)
-
-
-def read_image(path: Path | io.BytesIO, rescale_factor: int,
-               image_size: int | None = None) -> Radiograph:
-    """Like read_radiograph, with the network's image as uint8 (S, S) in 0..255."""
-    radiograph = read_radiograph(path, rescale_factor, image_size)
-    return radiograph._replace(image=(radiograph.image * 255 + 0.5).astype(np.uint8))
+def read_images(paths: Iterable[Path], *, side: int, workers: int, display_size: int | None = None,
+                ) -> AbstractContextManager[Iterator[Reading]]:
+    """For a `with` block: a Reading of read_radiograph for each path, in order."""
+    function = partial(read_radiograph, side=side, display_size=display_size)
+    return readings_of(function, paths, workers=workers)

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any
@@ -204,18 +205,19 @@ def overlays(model: nn.Module, dataset: PneumoniaDataset, indices: Sequence[int]
     """Yields an Overlay, with the truth, for images of a data set. Their files are read again for
     display at `image_size` pixels; if that is None, the overlay shows the network's image."""
     model.eval()
-    readings = repeat(Reading())
+    reader = nullcontext(repeat(Reading()))
     if image_size:
-        readings = read_images([dataset.paths[index] for index in indices], workers=workers,
-                               rescale_factor=cli.IMAGE_SIDE // dataset.side, image_size=image_size)
-    for batch in cli.batched(zip(indices, readings), DRAWN_TOGETHER):
-        images, _ = dataset[[index for index, _ in batch]]
-        masks = runtime.predict_masks(model, images)
-        for (index, reading), image, mask in zip(batch, images[:, 0].numpy(), masks):
-            # no reading without an image size, or if the file is gone by now
-            radiograph = reading.value or Radiograph(image, dataset.original_sizes[index])
-            yield make_overlay(dataset.patient_ids[index], radiograph, mask, thresholds,
-                               dataset.boxes[index])
+        reader = read_images([dataset.paths[index] for index in indices], side=dataset.side,
+                             workers=workers, display_size=image_size)
+    with reader as readings:
+        for batch in cli.batched(zip(indices, readings), DRAWN_TOGETHER):
+            images, _ = dataset[[index for index, _ in batch]]
+            masks = runtime.predict_masks(model, images)
+            for (index, reading), image, mask in zip(batch, images[:, 0].numpy(), masks):
+                # no reading without an image size, or if the file is gone by now
+                radiograph = reading.value or Radiograph(image, dataset.original_sizes[index])
+                yield make_overlay(dataset.patient_ids[index], radiograph, mask, thresholds,
+                                   dataset.boxes[index])
 
 
 def _compare_split(path, rows):

@@ -1,6 +1,7 @@
 """Synthetic patients, checkpoints and flags that several test files use."""
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 ROOT = Path(__file__).resolve().parent.parent
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs fork, /proc or affinity")
 SMALL = ["--rescale-factor", "16", "--batch-size", "8", "--device", "cpu", "--precision", "fp32"]
 for variable in ("TRAINML_DATA_PATH", "TRAINML_MODEL_PATH", "TRAINML_OUTPUT_PATH"):
     os.environ.pop(variable, None)

@@ -149,7 +149,7 @@ def test_the_cache_does_without_posix_fallocate(twenty, monkeypatch):
 
 
 def test_internal_errors_are_not_blamed_on_the_images(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(readers, "read_radiograph", None)
+    monkeypatch.setattr(readers, "read_radiograph", lambda *_, **__: None.mistake)
     with pytest.raises(InternalError, match="1 of 1 images cannot be read.*internal error"):
         ds.PneumoniaDataset({"a": tmp_path / "a.dcm"}, {"a": ()}, rescale_factor=16)
     assert "Traceback" in capfd.readouterr().err

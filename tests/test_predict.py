@@ -45,9 +45,10 @@ def square(tmp_path, write_dicom):
 
 @pytest.fixture
 def mixed(tmp_path, checkpoint, write_dicom, capsys):
-    """Status, input, output and last line of a prediction of four images and two other entries."""
+    """Status, input, output and last line of a prediction of four images and two other files."""
     data, output = tmp_path / "in put", tmp_path / "not" / "there yet"
-    (data / "sub" / "x.dcm").mkdir(parents=True)
+    (data / "sub").mkdir(parents=True)
+    (data / "sub" / "x.dcm").write_text("no radiograph")
     rng = np.random.default_rng(0)
     for name in ("a.dcm", "sub/Ünï code.DCM", "1.2.3"):
         write_dicom(data / name, rng.integers(0, 4096, (48, 64)).astype(np.uint16))
@@ -159,9 +160,8 @@ def test_an_internal_error_costs_its_file_and_ends_with_status_1(
     for name in "abc":
         write_dicom(tmp_path / f"{name}.dcm", np.eye(32, dtype=np.uint8))
 
-    def read(path, rescale_factor, image_size, load=readers.read_radiograph):
-        factor = rescale_factor if path.stem != "b" else None  # a mistake of ours
-        return load(path, factor, image_size)
+    def read(path, side, display_size, load=readers.read_radiograph):
+        return load(path, side if path.stem != "b" else None, display_size)  # a mistake of ours
     monkeypatch.setattr(readers, "read_radiograph", read)
     assert run(tmp_path, checkpoint, tmp_path / "output") == 1
     assert read_annotations(tmp_path / "output").keys() == {"a", "c"}

@@ -256,8 +256,8 @@ def test_an_internal_error_leaves_out_its_image_and_ends_with_status_1(
         phantoms, train_csv, tmp_path, monkeypatch, capfd):
     broken = min((phantoms / "stage_2_train_images").iterdir())
 
-    def read(path, rescale_factor, image_size, load=readers.read_radiograph):
-        return load(path, rescale_factor if path != broken else None)  # a mistake of ours
+    def read(path, side, display_size, load=readers.read_radiograph):
+        return load(path, side if path != broken else None)  # a mistake of ours
     figures = dict.fromkeys(METRIC_NAMES, 0.5)
     monkeypatch.setattr(readers, "read_radiograph", read)
     monkeypatch.setattr(train, "fit", lambda *_: None)

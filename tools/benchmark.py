@@ -39,7 +39,7 @@ from data_processing import read_headers
 from dataset import PneumoniaDataset
 from engine import train_one_epoch, training_loader
 from model import PneumoniaUNET, Runtime, choose_runtime
-from radiographs import TAGS, TRAIN_IMAGES, find_dicom_files, read_image
+from radiographs import find_dicom_files, read_header, read_radiograph
 from results import (
     IMAGE_SIZE,
     Overlay,
@@ -82,7 +82,8 @@ def each(function: Callable[[Any], Any], items: Sequence) -> Callable[[], None]:
 
 def build_file_stages(paths: list[Path], args: argparse.Namespace) -> list[Stage]:
     """Stages that read files; these lie alone in their folder."""
-    read_bare = partial(dcmread, stop_before_pixels=True, specific_tags=TAGS)
+    tags = list(read_header(paths[0]))
+    read_bare = partial(dcmread, stop_before_pixels=True, specific_tags=tags)
     images, shared = len(paths), len(paths) * args.workers  # workers share the files at best
     return [Stage(lambda: read_headers(paths[0].parent), images, each(read_bare, paths), shared),
             Stage(lambda: prepare(paths, args.rescale_factor, args.workers), images,
@@ -191,7 +192,7 @@ def draw_case(dataset: PneumoniaDataset, index: int, rng: np.random.Generator) -
     blurred = ndimage.gaussian_filter(masks[0, 0].numpy().astype(float), side / 12)
     uneven = ndimage.zoom(rng.uniform(0.7, 1, (16, 16)), side / 16, order=1)
     mask = uneven * (0.03 + rng.uniform(0.2, 1) * blurred)
-    radiograph = read_image(dataset.paths[index], cli.IMAGE_SIDE // side, IMAGE_SIZE)
+    radiograph = read_radiograph(dataset.paths[index], side, IMAGE_SIZE)
     return make_overlay(dataset.patient_ids[index], radiograph, mask.astype(np.float32),
                         metrics.Thresholds(gate=0), dataset.boxes[index])
 
@@ -256,7 +257,7 @@ def measure_cache(paths: list[Path], *, rescale_factor: int, workers: int,
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data", "-d", default=cli.default_path("TRAINML_DATA_PATH", TRAIN_IMAGES),
+    add("--data", "-d", default=cli.default_path("TRAINML_DATA_PATH", cli.TRAIN_IMAGES),
         help="folder of DICOM files (default: %(default)s)")
     add("--images", type=cli.bounded(1, math.inf, int), nargs="+", default=[250],
         help="number of images, a table for each; files are repeated as needed (default: 250)")

@@ -14,7 +14,7 @@ GRADIENT = np.add.outer(np.arange(64), 2 * np.arange(64))  # 0..189
 
 
 def prepare(path, side=64):
-    return dicom.load_and_prepare_image(path, 1024 // side)
+    return dicom.load_and_prepare_image(path, side)
 
 
 def jpeg_dicom(path, pixels, **tags):
@@ -87,7 +87,7 @@ def test_challenge_files_take_the_short_way_to_nearly_the_same_image(tmp_path, w
     smooth = Image.fromarray(noise).resize((1024, 1024), Image.BICUBIC)
     path = jpeg_dicom(tmp_path / "a.dcm", np.asarray(smooth))
     expected = unit(np.asarray(smooth.reduce(4), float))
-    assert np.abs(dicom.load_and_prepare_image(path, 4)[0] - expected).mean() < 0.005
+    assert np.abs(prepare(path, 256)[0] - expected).mean() < 0.005
 
 
 def smooth_gradient():
@@ -297,7 +297,7 @@ LARGE = GRADIENT.repeat(4, 0).repeat(4, 1).astype(np.uint8)  # 256 x 256
     lambda path: jpeg_dicom(path, LARGE), lambda path: save_image(path, LARGE, format="PNG")])
 def test_the_image_for_display_does_not_change_that_of_the_network(tmp_path, make):
     path = make(tmp_path / "a")
-    alone, shown = dicom.read_radiograph(path, 16), dicom.read_radiograph(path, 16, 200)
+    alone, shown = dicom.read_radiograph(path, 64), dicom.read_radiograph(path, 64, 200)
     np.testing.assert_array_equal(alone.image, shown.image)
     assert alone.display is None and shown.display.shape == (200, 200)
 
@@ -306,7 +306,7 @@ def test_the_image_for_display_does_not_change_that_of_the_network(tmp_path, mak
 def test_the_image_for_display_has_all_pixels_and_air_dark(tmp_path, photometric):
     path = jpeg_dicom(tmp_path / "a.dcm", np.tile(np.arange(256, dtype=np.uint8), (128, 1)),
                       PhotometricInterpretation=photometric)
-    display = dicom.read_radiograph(path, 16, 1024).display
+    display = dicom.read_radiograph(path, 64, 1024).display
     ramp = np.arange(256) if photometric == "MONOCHROME2" else np.arange(256)[::-1]
     assert display.shape == (128, 256) and np.abs(display - ramp.astype(int)).max() <= 3
 
@@ -314,5 +314,5 @@ def test_the_image_for_display_has_all_pixels_and_air_dark(tmp_path, photometric
 def test_a_large_image_is_displayed_at_its_aspect(tmp_path, write_dicom):
     pixels = np.add.outer(np.arange(300), np.arange(1200)).astype(np.uint16)
     path = write_dicom(tmp_path / "a.dcm", pixels)
-    display = dicom.read_radiograph(path, 16, 400).display
+    display = dicom.read_radiograph(path, 64, 400).display
     assert display.shape == (100, 400) and display.min() == 0 and display.max() == 255

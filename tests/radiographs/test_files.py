@@ -4,15 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cli import InputError
 from radiographs.dicom import UnreadableImage, is_dicom, read_header
-from radiographs.files import (
-    RESULTS,
-    find_dicom_files,
-    find_radiographs,
-    refuse_mixture,
-    result_paths,
-)
+from radiographs.files import find_dicom_files, find_radiographs
 
 PIXELS = np.arange(64, dtype=np.uint8).reshape(8, 8)
 
@@ -39,8 +32,7 @@ def test_files_are_found_in_sub_folders_whatever_their_case(tmp_path):
     (tmp_path / "gone.dcm").symlink_to("nowhere")
     files, reasons = find(tmp_path)
     assert sorted(files) == ["1.2.840.10008", "1.2.840.10009", "b", "Ünïcode name"]
-    assert reasons == {"x.dcm": "is a folder", "pipe.dcm": "is not a regular file",
-                       "gone.dcm": "is a link to nothing"}
+    assert reasons == {"pipe.dcm": "is not a regular file", "gone.dcm": "is a link to nothing"}
 
 
 @pytest.mark.parametrize("sidecar", ["A/x.xml", "x.csv", "x.bmp", "x.JPG", "A/x.dcm", "x", "A/x"])
@@ -149,48 +141,6 @@ def test_files_of_a_folder_that_may_be_listed_but_not_entered_are_skipped(tmp_pa
     assert find(tmp_path) == ({}, {"a.dcm": "cannot be opened: Permission denied"})
 
 
-# Phantoms and radiographs
-
-
-@pytest.fixture
-def made(tmp_path):
-    """A folder like that of sample_data.py, with two training images."""
-    (tmp_path / "synthetic.json").write_text('{"train": 2, "test": 1, "seed": 42}')
-    for name in ("a.dcm", "b.dcm"):
-        touch(tmp_path / "stage_2_train_images" / name)
-    return tmp_path
-
-
-def check(folder):
-    refuse_mixture(folder, find_dicom_files(folder)[0])
-
-
-def test_phantoms_with_other_files_among_them_are_refused(made):
-    touch(made / "stage_2_train_images" / "c.dcm")
-    with pytest.raises(InputError, match="holds 3 files, but sample_data.py made 2: .* are mixed"):
-        check(made / "stage_2_train_images")
-
-
-@pytest.mark.parametrize("name", ["stage_2_train_images", "stage_2_test_images", "others"])
-def test_phantoms_and_folders_beside_them_are_taken(made, name):
-    touch(made / "others" / "x.dcm")
-    touch(made / "others" / "y.dcm")
-    check(made / name)
-
-
-def test_radiographs_without_phantoms_are_taken(made):
-    (made / "synthetic.json").unlink()
-    touch(made / "stage_2_train_images" / "c.dcm")
-    check(made / "stage_2_train_images")
-
-
-@pytest.mark.parametrize("content", ['{"train": 2, "te', "[]", '{"seed": 1}', "\udcff"])
-def test_a_file_named_like_the_marker_that_is_something_else_means_nothing(made, content):
-    (made / "synthetic.json").write_bytes(content.encode("utf-8", "surrogateescape"))
-    touch(made / "stage_2_train_images" / "c.dcm")
-    check(made / "stage_2_train_images")
-
-
 # What predict.py reads
 
 
@@ -247,18 +197,6 @@ def test_a_file_that_is_found_twice_is_read_once(formats):
     assert files.keys() == {"a"}
 
 
-@pytest.mark.parametrize("output, left_out", [
-    ("data/results", ["data/results"]),
-    ("data", [*(f"data/{name}" for name in RESULTS), "data/images/sub/a.png"]),
-    (".", list(RESULTS)),
-])
-def test_only_results_are_left_out_of_the_data(tmp_path, output, left_out):
-    for name in ("a.png", "a.dcm"):
-        touch(tmp_path / "data" / "images" / "sub" / name)
-    found = result_paths(tmp_path / output, tmp_path / "data")
-    assert found == [tmp_path / name for name in left_out]
-
-
 def test_a_file_that_is_skipped_twice_is_listed_once(tmp_path):
     (tmp_path / "notes.txt").write_text("text")
     assert len(find_radiographs([tmp_path, tmp_path])[1]) == 1
@@ -269,6 +207,5 @@ def test_pictures_of_an_earlier_run_are_not_searched(formats):
     assert files.keys() == {"jpg", "LICENSE"}
 
 
-def test_a_folder_without_files_is_refused(tmp_path):
-    with pytest.raises(InputError, match=f"no files in {tmp_path}: give another with --data"):
-        find_radiographs([tmp_path])
+def test_a_folder_without_files_holds_nothing(tmp_path):
+    assert find_radiographs([tmp_path]) == ({}, [])

@@ -15,7 +15,7 @@ ALL_16 = np.arange(2**16).reshape(256, 256)
 
 
 def prepare(path, side=64):
-    return dicom.load_and_prepare_image(path, 1024 // side)[0]
+    return dicom.load_and_prepare_image(path, side)[0]
 
 
 def unit(values):
