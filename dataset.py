@@ -17,7 +17,6 @@ from cli import IMAGE_SIDE, InputError, InternalError, progress, refuse_if, warn
 from data_processing import Labels, read_labels
 from metrics import rescale_boxes
 from radiographs import find_dicom_files, read_images
-from radiographs.files import result_paths
 
 VALIDATION_SHARE = 0.1
 FEWEST = 10  # images of each class that a run needs
@@ -152,14 +151,13 @@ class Labelled(NamedTuple):
                          for name, ids in parts.items()}
 
 
-def find_labelled(data: Path, table: Path, output: Path) -> Labelled:
-    """The images in folder `data` that a label table names, without the results of a run in
-    `output`.
+def find_labelled(data: Path, table: Path, leave_out: Iterable[Path] = ()) -> Labelled:
+    """The images in folder `data`, except `leave_out`, that a label table names.
 
     Raises InputError if there are too few to train on.
     """
     labels = read_labels(table)
-    found, skipped = find_dicom_files(data, result_paths(output, data))
+    found, skipped = find_dicom_files(data, leave_out)
     warn("files are left out", [f"{path} {reason}" for path, reason in skipped])
     warn("ids of the table have no image and are left out",
          sorted(labels.boxes.keys() - found.keys()))

@@ -203,8 +203,6 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[Pne
     weights = checkpoint["state_dict"]
     config = dict(checkpoint.get("config") or {"legacy": "up_1.1.bn.weight" in weights})
     config.setdefault("width", 64)  # of all networks before it was an option
-    if "earlier" in config:  # the name of `legacy` in our first files
-        config["legacy"] = config.pop("earlier")
     try:
         model = PneumoniaUNET(**config)
         model.load_state_dict(weights)

@@ -54,7 +54,11 @@ def run(main: Callable[[], int]) -> None:
 
     def run_in_turn() -> int:
         try:
-            return main()
+            status = main()
+            if dist.is_initialized():  # torchrun stops all processes as soon as one fails
+                dist.barrier()
+                dist.destroy_process_group()
+            return status
         except Exception as error:
             if not is_first:  # torchrun stops this process if the first one fails, too
                 cli.on_stop(signal.SIG_DFL)
@@ -92,13 +96,6 @@ def join(device: str, precision: str) -> Runtime:
                              "with torchrun, or unset WORLD_SIZE") from None
     cli.on_stop(cli.stop)
     return runtime._replace(device=place, rank=dist.get_rank(), world=launch.world)
-
-
-def leave(runtime: Runtime) -> None:
-    """Waits until every process gets here, since torchrun stops the others as soon as one fails."""
-    if runtime.world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def once(make: Callable[[], Any], runtime: Runtime) -> Any:

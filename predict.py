@@ -262,7 +262,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if runtime.rank == 0:
         results.write_tables()
         results.report(pictures="images" if folder else None)
-    parallel.leave(runtime)
     return results.status
 
 

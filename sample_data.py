@@ -14,6 +14,7 @@ import functools
 import io
 import json
 import math
+import os
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -297,33 +298,20 @@ def write_tables(folder: Path, patients: list, new_patients: list) -> None:
     cli.write_csv(new_labels, [row[:-1] for row in table_rows(new_patients)])
 
 
-def earlier_ids(folder: Path) -> set[str] | None:
-    """Patient ids that an earlier run made in the folder; None if it has no readable marker."""
+def remove_earlier(folder: Path) -> None:
+    """Removes what an earlier run made; raises InputError, removing nothing, if sample_data.py did
+    not make the folder or images were added to it."""
     try:
         made = json.loads((folder / cli.MARKER).read_text())
-        return {patient_id_of(made["seed"], split, index)
-                for split, name in enumerate(("train", "test")) for index in range(made[name])}
+        counts = {cli.TRAIN_IMAGES: made["train"], cli.TEST_IMAGES: made["test"]}
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def ids_in(path: Path) -> set[str]:
-    """Patient ids that an image folder or a table holds."""
-    if path.is_dir():
-        return {visible.name.removesuffix(".dcm") for visible in path.glob("[!.]*")}
-    lines = path.read_text("utf-8", "replace").splitlines()
-    return {line.split(",")[0] for line in lines[1:]}
-
-
-def remove_earlier(folder: Path) -> None:
-    """Removes what an earlier run made; raises InputError, removing nothing, if there is more."""
-    known = earlier_ids(folder)
-    paths = [folder / name for name in IMAGES + TABLES]
-    paths = [path for path in paths if path.exists() or path.is_symlink()]
+        counts = {}
+    paths = [folder / name for name in IMAGES + TABLES if os.path.lexists(folder / name)]
     for path in paths:
-        if known is None or path.is_symlink() or not ids_in(path) <= known:
-            raise cli.InputError(f"{path} holds data that sample_data.py did not make: give "
-                                 "another folder with --output, or set TRAINML_DATA_PATH")
+        more = path.is_dir() and len(list(path.glob("[!.]*"))) > counts.get(path.name, 0)
+        cli.refuse_if(not counts or more or path.is_symlink(),
+                      f"{path} holds data that sample_data.py did not make: give another folder "
+                      "with --output, or set TRAINML_DATA_PATH")
     for path in paths:
         if path.is_dir():
             shutil.rmtree(path)

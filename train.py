@@ -27,7 +27,7 @@ from dataset import PneumoniaDataset, find_labelled
 from engine import Start, Training, evaluate, train_one_epoch, training_loader
 from metrics import Thresholds, choose_thresholds
 from model import PneumoniaUNET, Runtime
-from results import Records
+from results import Records, result_paths
 
 OPTIMIZERS = {  # class, devices with a fused form since PyTorch 2.6, default overrides
     "adam": (torch.optim.Adam, ("cpu", "cuda"), {"lr": 5e-4}),
@@ -175,7 +175,8 @@ def build_data(args: argparse.Namespace) -> tuple[PneumoniaDataset, dict[str, li
     """The data set and the indices of its parts, which --debug makes smaller."""
     limits = {"training": DEBUG_STEPS * args.batch_size, "validation": DEBUG_IMAGES,
               "test": DEBUG_IMAGES}
-    labelled = find_labelled(Path(args.data), Path(args.labels), Path(args.save))
+    labelled = find_labelled(Path(args.data), Path(args.labels),
+                             result_paths(Path(args.save), Path(args.data)))
     parts = labelled.split(seed=args.seed, folds=args.folds, fold=args.fold,
                            limits=limits if args.debug else {})
     return labelled.load(parts, rescale_factor=args.rescale_factor, workers=args.workers)
@@ -274,7 +275,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluation = score(scored, thresholds.and_curve())
         if records:
             records.finish(evaluation, thresholds, scored, laps)
-    parallel.leave(runtime)
     # the model is good, but a fault of these scripts that cost images must not go unnoticed
     return 1 if dataset.internal_errors else 0
 

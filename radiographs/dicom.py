@@ -157,8 +157,7 @@ def _picture_frame(path):
     """First frame of a PNG, JPEG or TIFF file as a Pillow image `F` in 0..1, rotated by its EXIF
     orientation, without alpha."""
     with decoding_errors(), Image.open(path, formats=["PNG", "JPEG", "TIFF"]) as image:
-        _check_size(*image.size)
-        _note_frames(getattr(image, "n_frames", 1))
+        _check_size(*image.size, getattr(image, "n_frames", 1))
         is_deep = image.mode.startswith("I;16")
         is_inverted = is_deep and image.format == "TIFF" and image.tag_v2.get(262) == 0
         image = ImageOps.exif_transpose(image)
@@ -178,7 +177,9 @@ def _dicom_frames(path, side, display_size):
         has_pixels = any(keyword in dataset for keyword in PIXELS)
     if not has_pixels:
         raise UnreadableImage("has no pixel data: it holds no image, or was cut off before its end")
-    _check_header(header)
+    _check_size(header["Columns"], header["Rows"], header["NumberOfFrames"])
+    if not header["TransferSyntaxUID"]:
+        raise UnreadableImage("does not say how its pixels are encoded: it has no transfer syntax")
     original_size = header["Rows"], header["Columns"]
     frame = None
     if header["TransferSyntaxUID"] == JPEGBaseline8Bit and _is_grey(header) and not hints:
@@ -213,21 +214,10 @@ def _is_negative(header):
     return header["PhotometricInterpretation"] == "MONOCHROME1"
 
 
-def _check_header(header):
-    """Refuses, by the header alone, what cannot be decoded or should not be tried."""
-    _check_size(header["Columns"], header["Rows"])
-    if not header["TransferSyntaxUID"]:
-        raise UnreadableImage("does not say how its pixels are encoded: it has no transfer syntax")
-    _note_frames(header["NumberOfFrames"])
-
-
-def _check_size(columns, rows):
+def _check_size(columns, rows, frames):
     if not 0 < rows * columns <= MAX_PIXELS:
         raise UnreadableImage(
             f"declares {columns} x {rows} pixels; 1 to {MAX_PIXELS:,} can be read")
-
-
-def _note_frames(frames):
     if frames > 1:
         add_note(f"has {frames} frames; only the first is used")
 
@@ -260,14 +250,12 @@ def _full_frame(dataset, header, hints):
     with decoding_errors():
         layout = bit_layout(dataset)
         pixels = _decode(dataset, header, layout.stored)
-    if pixels.ndim == 3:
-        pixels = _luminance(pixels)
-    elif _is_grey(header):
+    if pixels.ndim == 2:
+        if not _is_grey(header):
+            raise UnreadableImage(
+                f"has the photometric interpretation {header['PhotometricInterpretation']}")
         pixels = displayed(pixels, layout, hints, negative=_is_negative(header))
-    else:
-        raise UnreadableImage(
-            f"has the photometric interpretation {header['PhotometricInterpretation']}")
-    return Image.fromarray(unit_range(pixels))
+    return Image.fromarray(unit_range(_luminance(pixels)))
 
 
 def _luminance(pixels):

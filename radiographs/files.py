@@ -126,6 +126,8 @@ def _walk(folder, leave_out, skipped):
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        named = [name for name in folders if name.lower().endswith(".dcm")]
+        skipped += [(Path(root, name), "is a folder") for name in named]
         for name in sorted(names):
             left_out = os.path.join(real, name) in seen
             if not (left_out or name.startswith(".") or name.upper() == "DICOMDIR"):
@@ -145,23 +147,3 @@ def _refusal(path, look_inside):
         gone = isinstance(error, FileNotFoundError) and path.is_symlink()
         return "is a link to nothing" if gone else reason_of(error)
     return None
-
-
-# Until results/ has it
-
-
-PICTURES = "images", "validation"  # folders, in which the results are the PNG files
-RESULTS = (  # of a run, not its input
-    "logs", "curves.png", "scores.png", "report.html", "annotations.json",
-    "submission.csv", "skipped.csv", "split.csv", "metrics.json", "last.pth.tar",
-    "loss.best.pth.tar", "prec.best.pth.tar", "final.pth.tar")
-
-
-def result_paths(output: Path, data: Path) -> list[Path]:
-    """What a search of `data` must skip: `output` if it lies inside, else the results in it."""
-    output, data = output.resolve(), data.resolve()
-    if data in output.parents:
-        return [output]
-    folders = [output / name for name in PICTURES] if data == output else []
-    pictures = [path for folder in folders for path in folder.rglob("*.png")]
-    return [output / name for name in RESULTS] + pictures

@@ -112,21 +112,6 @@ def test_a_network_of_a_checkpoint_before_patches_works_on_pixels(tmp_path):
     assert again.patch_size == 1
 
 
-@pytest.mark.parametrize("name", ["legacy", "earlier"])
-@pytest.mark.parametrize("legacy", [True, False])
-def test_the_name_of_legacy_in_our_first_files_is_still_read(tmp_path, name, legacy):
-    torch.manual_seed(0)
-    model = PneumoniaUNET(alpha_leaky=0.2, legacy=legacy).eval()
-    expected = dict(model.config)
-    model.config[name] = model.config.pop("legacy")
-    save_checkpoint(tmp_path / "a.pth.tar", model)
-    again, _ = load_checkpoint(tmp_path / "a.pth.tar")
-    images = torch.rand(1, 1, 64, 64)
-    with torch.no_grad():
-        torch.testing.assert_close(again(images), model(images))
-    assert again.config == expected and hasattr(again.up_1[1], "bn") == legacy
-
-
 @pytest.mark.parametrize("rescale_factor, patch_size", [(1, 16), (2, 8), (4, 4), (8, 2), (16, 1)])
 def test_every_network_sees_at_most_64_patches_a_side(rescale_factor, patch_size):
     assert PneumoniaUNET.for_images(rescale_factor).patch_size == patch_size

@@ -174,16 +174,6 @@ def test_refuses_an_image_that_others_put_beside_its_own(tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_refuses_a_row_that_others_put_into_its_table(tmp_path):
-    sample_data.main([*TWO, str(tmp_path)])
-    labels = tmp_path / "stage_2_train_labels.csv"
-    labels.write_text(labels.read_text() + f"{FOREIGN},,,,,0\n")
-    before = contents(tmp_path)
-    with pytest.raises(InputError, match="stage_2_train_labels.csv"):
-        sample_data.main([*TWO, str(tmp_path)])
-    assert contents(tmp_path) == before
-
-
 def test_refuses_a_link_to_other_data(tmp_path):
     output = tmp_path / "data"
     sample_data.main(["--train", "1", "--test", "0", "--output", str(output)])
