@@ -146,11 +146,12 @@ def check_start(args: argparse.Namespace, start: Start) -> None:
                       f"give --{key.replace('_', '-')} {value}")
     if start.model:
         start.model.check_side(args.rescale_factor, args.batch_size)
-    for key, value in start.state.get("args", {}).items():
+    before = start.state if start.continues else {}
+    for key, value in before.get("args", {}).items():
         flag, given = f"--{key.replace('_', '-')}", getattr(args, key)
         cli.refuse_if(key not in PATH_FLAGS + CHANGEABLE and given != value,
                       f"{flag} {given}: the run to continue has {value}; leave the flag out")
-    done = len(start.state.get("history", ()))
+    done = len(before.get("history", ()))
     cli.refuse_if(args.epochs < done, f"--epochs {args.epochs}: the run to continue has done "
                   f"{done}; give {done} or more")
 

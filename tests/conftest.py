@@ -84,8 +84,8 @@ def train_flags(phantoms, train_csv, tmp_path):
 def labelled(phantoms, train_csv, tmp_path):
     """Arguments, data set and parts of train.py on the phantoms."""
     import train
-    args, *_ = train.parse_args(["--data", str(phantoms / "stage_2_train_images"),
-                                 "--labels", str(train_csv), "--save", str(tmp_path), *SMALL])
+    args = train.parse_args(["--data", str(phantoms / "stage_2_train_images"),
+                             "--labels", str(train_csv), "--save", str(tmp_path), *SMALL])
     return args, *train.build_data(args)
 
 

@@ -9,6 +9,7 @@ import torch
 import cli
 import dataset as ds
 from cli import InputError, InternalError
+from data_processing import Labels
 from metrics import parse_boxes, rescale_boxes
 from radiographs import readers
 
@@ -50,7 +51,8 @@ def small_dataset(tmp_path, write_dicom):
     files = {f"p{i}": write_dicom(tmp_path / f"p{i}.dcm", GRADIENT.astype(np.uint8) + i)
              for i in range(5)}
     boxes = dict.fromkeys(files, ()) | {"p1": [[16, 8, 16, 32]]}
-    return ds.PneumoniaDataset(files, boxes, views={"p1": "AP"}, rescale_factor=16, workers=2)
+    views = dict.fromkeys(files, "") | {"p1": "AP"}
+    return ds.PneumoniaDataset(files, Labels(boxes, views), side=64, workers=2)
 
 
 def test_images_keep_the_order_of_the_files(small_dataset):
@@ -91,12 +93,16 @@ def test_sizes_views_and_boxes_of_the_images_are_kept(small_dataset):
     assert [len(boxes) for boxes in small_dataset.boxes] == [0, 1, 0, 0, 0]
 
 
+def no_boxes(ids):
+    return Labels(dict.fromkeys(ids, ()), dict.fromkeys(ids, ""))
+
+
 @pytest.fixture
 def twenty(tmp_path, write_dicom):
     """Files of 20 images, and the other arguments of a data set."""
     files = {f"p{i}": write_dicom(tmp_path / f"p{i}.dcm", np.eye(8, dtype=np.uint8))
              for i in range(20)}
-    return files, {"boxes": dict.fromkeys(files, ()), "rescale_factor": 16}
+    return files, {"labels": no_boxes(files), "side": 64}
 
 
 def test_few_unreadable_images_are_dropped(twenty):
@@ -129,16 +135,15 @@ def test_no_room_for_the_cache_is_found_out_at_once(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     with pytest.raises(InputError, match="no room for .* GB .*TMPDIR"):
-        ds.PneumoniaDataset({"a": tmp_path / "a.dcm"}, {"a": ()})
+        ds.PneumoniaDataset({"a": tmp_path / "a.dcm"}, no_boxes("a"))
 
 
 def test_without_a_temporary_folder_a_line_says_what_to_set(tmp_path, monkeypatch):
     def refuse():
         raise FileNotFoundError(2, "No usable temporary directory found")
     monkeypatch.setattr(ds.tempfile, "TemporaryFile", refuse)
-    with pytest.raises(OSError) as error:
-        ds.PneumoniaDataset({"a": tmp_path / "a.dcm"}, {"a": ()})
-    status, message = cli._explain(error.value)
+    status, message = cli._run_explained(
+        lambda: ds.PneumoniaDataset({"a": tmp_path / "a.dcm"}, no_boxes("a")))
     assert status == 2 and message.endswith("set TMPDIR to one that is")
 
 
@@ -151,7 +156,7 @@ def test_the_cache_does_without_posix_fallocate(twenty, monkeypatch):
 def test_internal_errors_are_not_blamed_on_the_images(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(readers, "read_radiograph", lambda *_, **__: None.mistake)
     with pytest.raises(InternalError, match="1 of 1 images cannot be read.*internal error"):
-        ds.PneumoniaDataset({"a": tmp_path / "a.dcm"}, {"a": ()}, rescale_factor=16)
+        ds.PneumoniaDataset({"a": tmp_path / "a.dcm"}, no_boxes("a"), side=64)
     assert "Traceback" in capfd.readouterr().err
 
 
@@ -159,6 +164,12 @@ def test_internal_errors_are_not_blamed_on_the_images(tmp_path, monkeypatch, cap
 
 
 LABELS = {f"id{i:03}": i % 4 == 0 for i in range(200)}
+
+
+def split(positive, **options):
+    """The parts of radiographs of which some have a box."""
+    boxes = {key: [[1, 2, 3, 4]] * value for key, value in positive.items()}
+    return ds.Labelled({}, Labels(boxes, dict.fromkeys(boxes, ""))).split(**options)
 
 
 def test_a_split_depends_on_ids_and_seed_and_not_on_their_order():
@@ -190,13 +201,13 @@ def test_folds_share_no_id_and_leave_none_out():
 
 
 def test_without_folds_there_are_two_parts():
-    parts = ds.split(LABELS, seed=1, folds=None, fold=None)
+    parts = split(LABELS, seed=1, folds=None, fold=None)
     training, validation = ds.split_patients(LABELS, seed=1)
     assert parts == {"training": training, "validation": validation}
 
 
 def test_with_folds_training_and_validation_split_what_is_outside_the_fold():
-    parts = ds.split(LABELS, seed=1, folds=3, fold=1)
+    parts = split(LABELS, seed=1, folds=3, fold=1)
     outside, test = ds.split_fold(LABELS, folds=3, fold=1)
     assert parts["test"] == test
     assert sorted(parts["training"] + parts["validation"]) == outside
@@ -207,23 +218,23 @@ def test_with_folds_training_and_validation_split_what_is_outside_the_fold():
 def test_a_fold_that_leaves_a_part_empty_is_refused(images, folds, part):
     labels = {str(number): number % 2 == 0 for number in range(images)}
     with pytest.raises(InputError, match=f"--folds {folds} --fold 0 leave no image for {part}"):
-        ds.split(labels, seed=1, folds=folds, fold=0)
+        split(labels, seed=1, folds=folds, fold=0)
 
 
 LIMITS = {"training": 5, "test": 1}
 
 
 def test_limits_cut_the_parts_to_some_of_their_ids():
-    whole = ds.split(LABELS, seed=1, folds=3, fold=1)
-    cut = ds.split(LABELS, seed=1, folds=3, fold=1, limits=LIMITS)
+    whole = split(LABELS, seed=1, folds=3, fold=1)
+    cut = split(LABELS, seed=1, folds=3, fold=1, limits=LIMITS)
     assert {name: len(ids) for name, ids in cut.items()} == LIMITS | {
         "validation": len(whole["validation"])}
     assert all(set(ids) <= set(whole[name]) for name, ids in cut.items())
 
 
 def test_limits_above_the_size_of_a_part_change_nothing():
-    whole = ds.split(LABELS, seed=1)
-    assert ds.split(LABELS, seed=1, limits={"training": 180, "validation": 21}) == whole
+    whole = split(LABELS, seed=1)
+    assert split(LABELS, seed=1, limits={"training": 180, "validation": 21}) == whole
 
 
 # From files and tables to a data set
@@ -231,8 +242,8 @@ def test_limits_above_the_size_of_a_part_change_nothing():
 
 def load(data, train_csv, output, limits=None):
     labelled = ds.find_labelled(data, train_csv, output)
-    parts = ds.split(labelled.opacities, seed=42, limits=limits)
-    return ds.load_parts(labelled, parts, rescale_factor=16, workers=2)
+    parts = labelled.split(seed=42, limits=limits)
+    return labelled.load(parts, rescale_factor=16, workers=2)
 
 
 @pytest.fixture
