@@ -63,6 +63,23 @@ class Prediction(NamedTuple):
         return cls(path, Row.of(overlay)._replace(remark=remark), boxes, scores)
 
 
+def find_files(
+        data: Sequence[str], output: Path,
+) -> tuple[dict[str, Path], list[tuple[Path, str]]]:
+    """What find_radiographs finds in folders and files, without the results of a run in `output`.
+
+    Raises InputError if there are no files at all, and as refuse_mixture does.
+    """
+    sources = [Path(path) for path in data]
+    leave_out = [path for source in sources for path in result_paths(output, source)]
+    files, skipped = find_radiographs(sources, leave_out)
+    cli.refuse_if(not files and not skipped,
+                  f"no files in {', '.join(data)}: give another with --data")
+    for source in sources:
+        refuse_mixture(source, [path for path in files.values() if source in path.parents])
+    return files, skipped
+
+
 def predict_files(model: torch.nn.Module, files: Mapping[str, Path], runtime: Runtime, *,
                   batch_size: int, rescale_factor: int, workers: int, image_size: int | None = None,
                   ) -> Iterator[tuple[str, Reading, np.ndarray | None]]:
@@ -117,8 +134,8 @@ class Results:
             mask: np.ndarray | None) -> Overlay | None:
         """Adds the prediction of a file; returns its Overlay, or None if it could not be read."""
         if mask is None:
-            self.predictions.append(
-                Prediction.skipped(path, reading.problem, internal_error=reading.internal_error))
+            made = Prediction.skipped(path, reading.problem, reading.internal_error)
+            self.predictions.append(made)
             return None
         overlay = make_overlay(patient_id, reading.value, mask, self.thresholds,
                                self.labels.boxes.get(patient_id))
@@ -218,14 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     labels = read_labels(args.labels) if args.labels else Labels({}, {})
 
     # files, and this process's share of them
-    sources, output = [Path(path) for path in args.data], Path(args.output)
-    leave_out = [path for source in sources for path in result_paths(output, source)]
-    files, skipped = parallel.once(partial(find_radiographs, sources, leave_out), runtime)
-    if not files and not skipped:
-        raise cli.InputError(
-            f"no files in {', '.join(map(str, sources))}: give another with --data")
-    for folder in sources:
-        refuse_mixture(folder, [path for path in files.values() if folder in path.parents])
+    output = Path(args.output)
+    files, skipped = parallel.once(partial(find_files, args.data, output), runtime)
     source = args.data[0] if len(args.data) == 1 else f"the {len(args.data)} paths given"
     print(f"files in {source}: {len(files)}; {runtime.device.type}, {runtime.dtype}; {thresholds}")
     batches = list(cli.batched(files, args.batch_size))  # the same in any number of processes
