@@ -24,7 +24,10 @@ OTHER_KINDS = {  # first bytes of files named .csv that are something else
     rb"\xff\xfe|\xfe\xff|[^\0]{0,99}\0": "UTF-16 text",
 }
 HEADER_COLUMNS = ["patientId", "PatientSex", "PatientAge", "ViewPosition"]
-TRAINING_COLUMNS = HEADER_COLUMNS + BOX_COLUMNS + ["Target", "class"]
+TRAINING_COLUMNS = HEADER_COLUMNS + BOX_COLUMNS + ["Target", "class", "patient"]
+# NIH's patients with several images in the challenge, by the first eight characters of patientId;
+# from torchxrayvision's comparison of the pixels (scripts/CrossReferenceWithNIH, Apache 2.0)
+NIH_PATIENTS = Path(__file__).with_name("nih_patients.csv")
 YEARS = {"": 1, "Y": 1, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
 MAX_AGE = 120  # years; the five ages of 148 and above in the challenge are typing errors
 
@@ -33,6 +36,8 @@ class Labels(NamedTuple):
     """What a table says of each radiograph, by patient_id."""
     boxes: dict[str, np.ndarray]  # (n, 4) in original pixels
     views: dict[str, str]  # "AP", "PA" or ""
+    patients: dict[str, str]  # the patient of each radiograph, its own id where nothing is known
+    has_patients: bool  # whether the table says anything of patients
 
     @property
     def positive(self) -> dict[str, bool]:
@@ -41,7 +46,8 @@ class Labels(NamedTuple):
 
     def among(self, ids: Collection[str]) -> "Labels":
         """The Labels of just these ids, in the table's order."""
-        return Labels(*({key: values[key] for key in values if key in ids} for values in self))
+        return Labels(*({key: values[key] for key in values if key in ids} for values in self[:3]),
+                      self.has_patients)
 
 
 def _read_cells(path):
@@ -108,7 +114,7 @@ def read_boxes(path: Path) -> pd.DataFrame:
     Raises InputError for a Target other than 0 or 1, for Target 1 without a box, for a box without
     an area, and for boxes that are shares of the image.
     """
-    table = read_table(path, ["patientId", *BOX_COLUMNS, "Target"], ("ViewPosition",))
+    table = read_table(path, ["patientId", *BOX_COLUMNS, "Target"], ("ViewPosition", "patient"))
     repeated = table.duplicated()
     cli.warn(f"rows of {path} repeat others and are dropped", table["patientId"][repeated])
     table = table[~repeated]
@@ -134,12 +140,14 @@ def read_labels(path: Path) -> Labels:
     positive = table[table["Target"] == 1]
     for patient_id, rows in positive.groupby("patientId")[BOX_COLUMNS]:
         boxes[patient_id] = rows.to_numpy()
-    return Labels(boxes, dict(zip(table["patientId"], table["ViewPosition"])))
+    own = table["patient"].where(table["patient"] != "", table["patientId"])
+    return Labels(boxes, dict(zip(table["patientId"], table["ViewPosition"])),
+                  dict(zip(table["patientId"], own)), bool((table["patient"] != "").any()))
 
 
 def _header_row(path):
     header = read_header(path)
-    for tag in ("PatientSex", "ViewPosition"):
+    for tag in ("PatientSex", "ViewPosition", "PatientID"):
         header[tag] = str(header[tag] or "").strip() or None
     header["PatientAge"] = _age(header["PatientAge"])
     return header
@@ -154,7 +162,8 @@ def _age(value):
 
 
 def read_headers(folder: Path) -> pd.DataFrame:
-    """Table of HEADER_COLUMNS, Rows and Columns, one row per readable DICOM file in `folder`.
+    """Table of HEADER_COLUMNS, PatientID, Rows and Columns, one row per readable DICOM file in
+    `folder`.
 
     Its attrs["internal_errors"] counts the files left out because of a fault of these
     scripts. Raises InputError if no file is readable, InternalError if such a fault is to blame.
@@ -210,17 +219,39 @@ def build_training_csv(images: Path, labels: Path, output: Path) -> pd.DataFrame
     repeated = classes["patientId"].duplicated()
     refuse_row(repeated, classes, "patientId", classes_path, "has two different classes")
     headers = read_headers(images)
+    headers["patient"] = find_patients(headers)
     ids, labelled = set(headers["patientId"]), set(boxes["patientId"])
     cli.warn("images without labels are left out", sorted(ids - labelled))
     cli.warn("labels without an image are left out", sorted(labelled - ids))
     cli.warn("labels have no class", sorted(labelled - set(classes["patientId"])))
+    boxes = boxes.rename(columns={"patient": "given"})
     table = boxes.merge(headers, on="patientId").merge(classes, on="patientId", how="left")
+    table["patient"] = table["given"].where(table["given"] != "", table["patient"])
     if table.empty:
         raise cli.InputError(
             f"no image in {images} has a label in {labels_path}: check --images and --labels")
     table = drop_boxes_outside(table).astype({"Target": int})
     table.attrs = headers.attrs
     return _write(table[TRAINING_COLUMNS], Path(output, "train.csv"))
+
+
+def find_patients(headers: pd.DataFrame) -> pd.Series:
+    """The patient of each image in a table of read_headers: the PatientID where it names several
+    of the images, else NIH's number of the patient, else the image's own id. Prints how many of
+    each there are, but no PatientID."""
+    ids, names = headers["patientId"], headers["PatientID"]
+    named = names.duplicated(keep=False) & names.notna()
+    if named.any() and names.nunique() == 1:
+        print("all images have the same PatientID, so it is not taken for a patient")
+        named[:] = False
+    table = pd.read_csv(NIH_PATIENTS, dtype=str, index_col="patientId")["patient"]
+    is_uuid = ids.str.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # as in the challenge
+    numbers = ids.str[:8].map(table).where(is_uuid & ~named)
+    patients = names.where(named).fillna(numbers).fillna(ids)
+    print(f"{len(ids)} images of {patients.nunique()} patients: {named.sum()} with a PatientID that "
+          f"names several, {numbers.notna().sum()} with NIH's number, {len(ids) - named.sum() - numbers.notna().sum()} "
+          "each taken for a patient of its own")
+    return patients
 
 
 def drop_boxes_outside(table: pd.DataFrame) -> pd.DataFrame:

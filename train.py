@@ -172,14 +172,19 @@ def check_flags(args: argparse.Namespace) -> None:
 # What a run is built from
 
 
-def build_data(args: argparse.Namespace) -> tuple[PneumoniaDataset, dict[str, list[int]]]:
-    """The data set and the indices of its parts, which --debug makes smaller."""
+def build_data(args: argparse.Namespace,
+               start: Start = Start()) -> tuple[PneumoniaDataset, dict[str, list[int]]]:
+    """The data set and the indices of its parts, which --debug makes smaller. A run that continues
+    keeps the parts that it began with."""
     limits = {"training": DEBUG_STEPS * args.batch_size, "validation": DEBUG_IMAGES,
               "test": DEBUG_IMAGES}
     labelled = find_labelled(Path(args.data), Path(args.labels),
                              result_paths(Path(args.save), Path(args.data)))
-    parts = labelled.split(seed=args.seed, folds=args.folds, fold=args.fold,
-                           limits=limits if args.debug else {})
+    if start.continues:
+        parts = labelled.split_as(start.split())
+    else:
+        parts = labelled.split(seed=args.seed, folds=args.folds, fold=args.fold,
+                               limits=limits if args.debug else {})
     return labelled.load(parts, rescale_factor=args.rescale_factor, workers=args.workers)
 
 
@@ -251,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(args.seed)
     model = start.model or build_model(args)
     Records.check_disk(Path(args.save), model)
-    dataset, parts = parallel.once(partial(build_data, args), runtime)
+    dataset, parts = parallel.once(partial(build_data, args, start), runtime)
     print(" and ".join(f"{len(part)} {name}" for name, part in parts.items()), "images")
     train_loader = training_loader(dataset, parts["training"], args.batch_size, runtime)
     laps.append(time.monotonic())

@@ -22,7 +22,7 @@ from .greyscale import add_note, bit_layout, display_hints, displayed, unit_rang
 
 # in a frame, about twice the largest radiographs; more is refused before it is allocated
 MAX_PIXELS = 2**25
-TAGS = ["PatientSex", "PatientAge", "ViewPosition", "Rows", "Columns"]
+TAGS = ["PatientSex", "PatientAge", "ViewPosition", "PatientID", "Rows", "Columns"]
 TAG_NUMBERS = [Tag(name) for name in TAGS]  # looked up once, not for every file
 IMAGE_SIGNATURES = (  # PNG, JPEG, TIFF and BigTIFF in both byte orders
     b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
