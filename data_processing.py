@@ -248,9 +248,9 @@ def find_patients(headers: pd.DataFrame) -> pd.Series:
     is_uuid = ids.str.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # as in the challenge
     numbers = ids.str[:8].map(table).where(is_uuid & ~named)
     patients = names.where(named).fillna(numbers).fillna(ids)
-    print(f"{len(ids)} images of {patients.nunique()} patients: {named.sum()} with a PatientID that "
-          f"names several, {numbers.notna().sum()} with NIH's number, {len(ids) - named.sum() - numbers.notna().sum()} "
-          "each taken for a patient of its own")
+    print(f"{len(ids)} images of {patients.nunique()} patients: {named.sum()} images with a "
+          f"PatientID that names several, {numbers.count()} with NIH's number, "
+          f"{(patients == ids).sum()} each taken for a patient of its own")
     return patients
 
 
