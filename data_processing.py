@@ -250,7 +250,7 @@ def find_patients(headers: pd.DataFrame) -> pd.Series:
     patients = names.where(named).fillna(numbers).fillna(ids)
     print(f"{len(ids)} images of {patients.nunique()} patients: {named.sum()} images with a "
           f"PatientID that names several, {numbers.count()} with NIH's number, "
-          f"{(patients == ids).sum()} each taken for a patient of its own")
+          f"{(~named & numbers.isna()).sum()} each taken for a patient of its own")
     return patients
 
 
