@@ -145,6 +145,13 @@ def read_labels(path: Path) -> Labels:
                   dict(zip(table["patientId"], own)), bool((table["patient"] != "").any()))
 
 
+def read_split(path: Path) -> dict[str, str]:
+    """The part of each image, {patient_id: part}, in the split.csv of a run; raises InputError as
+    read_table does."""
+    table = read_table(path, ["patientId", "split"])
+    return dict(zip(table["patientId"], table["split"]))
+
+
 def _header_row(path):
     header = read_header(path)
     for tag in ("PatientSex", "ViewPosition", "PatientID"):

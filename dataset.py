@@ -1,6 +1,5 @@
 """From radiographs to tensors: the cache of prepared images, masks, augmentation, the splits."""
 
-import csv
 import hashlib
 import os
 import random
@@ -221,12 +220,6 @@ def hold_out(labels: Labels, seed: int) -> list[str]:
     patients = sorted(set(labels.patients.values()))
     order = np.random.default_rng(seed).permutation(patients).tolist()
     return divide(labels, order, HELD_OUT)[0]
-
-
-def read_split(path: Path) -> dict[str, str]:
-    """The {patient_id: part} of a split.csv."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return {row["patientId"]: row["split"] for row in csv.DictReader(file)}
 
 
 class Augmentation:

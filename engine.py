@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 
 import cli
 import parallel
-from dataset import Augmentation, PneumoniaDataset, read_split
+from data_processing import read_split
+from dataset import Augmentation, PneumoniaDataset
 from metrics import Evaluation, image_confidence, score_mask
 from model import PneumoniaUNET, Runtime, load_checkpoint
 
