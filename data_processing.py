@@ -7,7 +7,7 @@
 import io
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ import cli
 from radiographs import find_dicom_files, read_header, readings_of
 
 BOX_COLUMNS = ["x", "y", "width", "height"]
+BEYOND = 5  # pixels by which a box may reach beyond its image; annotations do
 SMALLEST_BOX = 2  # pixels a side; if all are smaller, they must be shares of the image
 OTHER_KINDS = {  # first bytes of files named .csv that are something else
     rb"PK\x03\x04": "a zip archive or an Excel workbook", rb"\x1f\x8b": "a gzip file",
@@ -52,23 +53,30 @@ class Labels(NamedTuple):
 
 def _read_cells(path):
     """All cells of a CSV file as stripped text, its header included; the index holds the line
-    numbers. Empty lines are dropped and trailing commas ignored.
+    numbers. Empty lines are dropped and separators at the end of a line ignored.
 
-    Raises InputError for a file that is not text in UTF-8 and for a row longer than the first one.
+    Cells are separated by commas, or by semicolons or tabs if the first line has more of these or
+    Excel's `sep=` says so; numbers may then have decimal commas. Raises InputError for a file that
+    is not text in UTF-8 and for a row longer than the first one.
     """
     try:
         content = Path(path).read_bytes()
         for start, kind in OTHER_KINDS.items():
             if re.match(start, content):
                 raise cli.InputError(f"{path} is {kind}, not a table: save it as CSV in UTF-8")
-        text = re.sub(r"[, \t\r]+$", "", content.decode("utf-8-sig"), flags=re.MULTILINE)
+        named, text = re.fullmatch(r"(?:sep=(.)(?=\s))?(.*)", content.decode("utf-8-sig"),
+                                   flags=re.DOTALL).groups()
+        separator = named or max(",;\t", key=text.partition("\n")[0].count)
+        text = re.sub(rf"[{re.escape(separator)} \t\r]+$", "", text, flags=re.MULTILINE)
         cells = pd.read_csv(io.StringIO(text), header=None, dtype=str, na_filter=False,
-                            skip_blank_lines=False, skipinitialspace=True)
+                            sep=separator, skip_blank_lines=False, skipinitialspace=True)
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        reason = str(error).strip()
+        reason = str(error).strip().rpartition("C error: ")[2]
         raise cli.InputError(f"{path} cannot be read as a table: {reason}") from None
     cells.index += 1
     cells = cells.apply(lambda column: column.str.strip())
+    if separator != ",":
+        cells = cells.replace(r"^(-?\d+),(\d+)$", r"\1.\2", regex=True)
     return cells[(cells != "").any(axis=1)]
 
 
@@ -111,8 +119,8 @@ def refuse_row(wrong: pd.Series, table: pd.DataFrame, column: str, path: Path, r
 def read_boxes(path: Path) -> pd.DataFrame:
     """Reads the label columns of a table: boxes in pixels, exact repeats of a row dropped.
 
-    Raises InputError for a Target other than 0 or 1, for Target 1 without a box, for a box without
-    an area, and for boxes that are shares of the image.
+    Raises InputError for a Target other than 0 or 1, for Target 1 without a box and 0 with one, for
+    an image with both, for a box without an area, and for boxes that are shares of the image.
     """
     table = read_table(path, ["patientId", *BOX_COLUMNS, "Target"], ("ViewPosition", "patient"))
     repeated = table.duplicated()
@@ -123,6 +131,10 @@ def read_boxes(path: Path) -> pd.DataFrame:
     for column in BOX_COLUMNS:
         missing = positive & table[column].isna()
         refuse_row(missing, table, column, path, "is missing though Target is 1")
+    contradicted = ~positive & table[BOX_COLUMNS].notna().any(axis=1)
+    refuse_row(contradicted, table, "Target", path, "is 0, but the row has a box")
+    both = set(table["patientId"][positive]) & set(table["patientId"][~positive])
+    refuse_row(table["patientId"].isin(both), table, "patientId", path, "has rows of both targets")
     for column in ("width", "height"):
         refuse_row(positive & (table[column] <= 0), table, column, path, "is not above 0")
     if table.loc[positive, ["width", "height"]].max(axis=None) < SMALLEST_BOX:
@@ -143,6 +155,29 @@ def read_labels(path: Path) -> Labels:
     own = table["patient"].where(table["patient"] != "", table["patientId"])
     return Labels(boxes, dict(zip(table["patientId"], table["ViewPosition"])),
                   dict(zip(table["patientId"], own)), bool((table["patient"] != "").any()))
+
+
+def check_boxes(boxes: Mapping[str, np.ndarray], sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Compares boxes {patient_id: (n, 4)} with the original sizes (height, width) of their images.
+
+    Raises InputError if in most images with boxes one lies more than BEYOND pixels outside: then
+    labels and images are not in the same pixels, or the boxes not x, y, width and height. Warns
+    of boxes outside in few images, and if all are in the upper left quarter of theirs.
+    """
+    corners = {key: (boxes[key][:, :2].min(axis=0), (boxes[key][:, :2] + boxes[key][:, 2:]).max(
+        axis=0), np.array(size[::-1])) for key, size in sizes.items() if len(boxes[key])}
+    outside = [f"{key}: {boxes[key].round().astype(int).tolist()} in {size[0]} x {size[1]} pixels"
+               for key, (low, high, size) in corners.items()
+               if (low < -BEYOND).any() or (high > size + BEYOND).any()]
+    cli.refuse_if(
+        len(outside) > len(corners) / 2,
+        f"the boxes of {len(outside)} of {len(corners)} images reach beyond them, such as "
+        f"{''.join(outside[:1])}: give x, y (of the upper left corner), width and height in the "
+        "pixels of these images")
+    cli.warn("boxes reach beyond their image", outside)
+    if len(corners) >= 5 and all((high < size / 2).all() for _, high, size in corners.values()):
+        print("warning: all boxes lie in the upper left quarter of their images: are the labels in "
+              "the pixels of smaller ones?")
 
 
 def read_split(path: Path) -> dict[str, str]:
@@ -189,10 +224,7 @@ def read_headers(folder: Path) -> pd.DataFrame:
     cli.warn("files are left out", [f"{path} {reason}" for path, reason in skipped])
     if internal_errors and not rows:
         raise cli.InternalError(f"no header in {folder} could be read")
-    if not rows:
-        raise cli.InputError(
-            f"no DICOM file in {folder}: give the folder that holds the images with --images")
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows, columns=[*HEADER_COLUMNS, "PatientID", "Rows", "Columns"])
     table.attrs["internal_errors"] = internal_errors
     return table
 
@@ -226,6 +258,8 @@ def build_training_csv(images: Path, labels: Path, output: Path) -> pd.DataFrame
     repeated = classes["patientId"].duplicated()
     refuse_row(repeated, classes, "patientId", classes_path, "has two different classes")
     headers = read_headers(images)
+    cli.refuse_if(headers.empty, f"no DICOM file in {images}: give the folder that holds the "
+                  "images with --images")
     headers["patient"] = find_patients(headers)
     ids, labelled = set(headers["patientId"]), set(boxes["patientId"])
     cli.warn("images without labels are left out", sorted(ids - labelled))
@@ -277,7 +311,10 @@ def drop_boxes_outside(table: pd.DataFrame) -> pd.DataFrame:
 
 def build_prediction_csv(images: Path, output: Path) -> pd.DataFrame:
     """Writes `output`/predict.csv with one row per DICOM file in `images`; returns the table."""
-    return _write(read_headers(images)[HEADER_COLUMNS], Path(output, "predict.csv"))
+    headers = read_headers(images)
+    if headers.empty:
+        print(f"no DICOM file in {images}, so the table is empty; predict.py does not need it")
+    return _write(headers[HEADER_COLUMNS], Path(output, "predict.csv"))
 
 
 def _write(table, path):

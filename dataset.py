@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from cli import IMAGE_SIDE, InputError, InternalError, progress, refuse_if, warn
-from data_processing import Labels, read_labels
+from data_processing import Labels, check_boxes, read_labels
 from metrics import rescale_boxes
 from radiographs import find_dicom_files, read_images
 
@@ -56,6 +56,7 @@ class PneumoniaDataset(Dataset):
             for (patient_id, path), reading in zip(files.items(), readings):
                 self._add(patient_id, path, reading)
         self._check_skipped(len(files))
+        check_boxes(labels.boxes, dict(zip(self.patient_ids, self.original_sizes)))
         self.boxes = [labels.boxes[key] for key in self.patient_ids]
         self.views = [labels.views[key] for key in self.patient_ids]
         self.patients = [labels.patients[key] for key in self.patient_ids]

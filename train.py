@@ -69,7 +69,7 @@ def make_parser() -> cli.Parser:
 def add_run_options(add: Callable) -> None:
     """Flags on how long a run is and what it is scored on."""
     add("--epochs", "-e", type=cli.bounded(1, math.inf, int), default=2,
-        help="passes over the training images (default: %(default)s)")
+        help="times that as many images are drawn as the training part has (default: %(default)s)")
     add("--debug", action=argparse.BooleanOptionalAction,
         help="a short run: 2 epochs of 50 steps, 100 images scored, no search (default: off)")
     add("--seed", "-s", type=cli.bounded(0, LARGEST_SEED, int), default=42,
@@ -154,6 +154,15 @@ def check_start(args: argparse.Namespace, start: Start) -> None:
     done = len(before.get("history", ()))
     cli.refuse_if(args.epochs < done, f"--epochs {args.epochs}: the run to continue has done "
                   f"{done}; give {done} or more")
+
+
+def tell_jump(epochs: int, state: dict[str, Any]) -> None:
+    """Says how the learning rate changes if a run continues with another number of epochs."""
+    planned, done = state["args"]["epochs"], len(state["history"])
+    if epochs != planned:
+        print(f"--epochs {epochs}: the run was planned for {planned}, so after its {done} epochs "
+              "the learning rate does not go on where it stood, but where a run of "
+              f"{epochs} epochs would be")
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -265,6 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     training = build_training(model, train_loader, args, runtime)
     if start.continues:
         training.load_state_dict(start.state)
+        tell_jump(args.epochs, start.state)
 
     # 3. epochs
     thresholds = build_thresholds(args)
@@ -296,8 +306,8 @@ def fit(training: Training, score: Callable, thresholds: Thresholds, args: argpa
         evaluation = score([thresholds.box])
         scores = training.add_epoch(train_loss, evaluation.summarize(thresholds))
         if records:
-            records.save_epoch(thresholds)
             records.log_epoch(evaluation, thresholds, speed)
+            records.save_epoch(thresholds)
         print(f"epoch {epoch}/{args.epochs}: loss {train_loss:.4f}, validation loss "
               f"{scores['loss']:.4f}, RSNA mAP {scores['rsna']:.4f}, total AP "
               f"{scores['total']:.4f}, AUC {scores['auc']:.4f}, {speed:.1f} images/s")

@@ -47,16 +47,21 @@ class Records:
 
     def __init__(self, folder: Path, settings: dict[str, Any], training: Training,
                  dataset: PneumoniaDataset, parts: dict[str, list[int]]):
-        from torch.utils.tensorboard import (
-            SummaryWriter,  # takes a second, of which predict.py none
-        )
+        # imported on use: predict.py and endpoint.py start faster without them
+        from filelock import FileLock, Timeout
+        from torch.utils.tensorboard import SummaryWriter
 
+        self.lock = FileLock(folder / ".training.lock", timeout=0)
+        try:
+            self.lock.acquire()
+        except Timeout:
+            raise cli.InputError(f"another training is writing to {folder}: wait for its end, or "
+                                 "give another folder with --save") from None
         self.folder, self.settings, self.training = folder, settings, training
         self.dataset, self.parts = dataset, parts
         self.history = training.history
-        if (folder / "final.pth.tar").exists():
-            print(f"{folder / 'final.pth.tar'} is from an earlier run and will be replaced when "
-                  "this one ends")
+        if not self.history and any(folder.glob("*.pth.tar")):
+            print(f"{folder} holds the checkpoints of an earlier run, which this one replaces")
         self._write_split()
         next_step = training.scheduler.last_epoch + 1
         self.writer = SummaryWriter(folder / "logs", purge_step=next_step)
@@ -86,6 +91,7 @@ class Records:
             print("continue with: python train.py",
                   *(f"--{name} {shlex.quote(str(path))}" for name, path in flags.items()))
         self.writer.close()
+        self.lock.release()
 
     def _write_split(self):
         """Writes split.csv: which part each image belongs to, and a number for its patient. A run
