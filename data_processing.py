@@ -36,19 +36,21 @@ MAX_AGE = 120  # years; the five ages of 148 and above in the challenge are typi
 class Labels(NamedTuple):
     """What a table says of each radiograph, by patient_id."""
     boxes: dict[str, np.ndarray]  # (n, 4) in original pixels
-    views: dict[str, str]  # "AP", "PA" or ""
-    patients: dict[str, str]  # the patient of each radiograph, its own id where nothing is known
-    has_patients: bool  # whether the table says anything of patients
+    views: dict[str, str] = {}  # "AP", "PA" or ""
+    patients: dict[str, str] = {}  # the patient, where the table names one
 
     @property
     def positive(self) -> dict[str, bool]:
         """Whether each radiograph has a box."""
         return {key: len(boxes) > 0 for key, boxes in self.boxes.items()}
 
+    def patient_of(self, patient_id: str) -> str:
+        """The patient of a radiograph; its own id where nothing is known."""
+        return self.patients.get(patient_id, patient_id)
+
     def among(self, ids: Collection[str]) -> "Labels":
         """The Labels of just these ids, in the table's order."""
-        return Labels(*({key: values[key] for key in values if key in ids} for values in self[:3]),
-                      self.has_patients)
+        return Labels(*({key: values[key] for key in values if key in ids} for values in self))
 
 
 def _read_cells(path):
@@ -152,9 +154,9 @@ def read_labels(path: Path) -> Labels:
     positive = table[table["Target"] == 1]
     for patient_id, rows in positive.groupby("patientId")[BOX_COLUMNS]:
         boxes[patient_id] = rows.to_numpy()
-    own = table["patient"].where(table["patient"] != "", table["patientId"])
+    named = table[table["patient"] != ""]
     return Labels(boxes, dict(zip(table["patientId"], table["ViewPosition"])),
-                  dict(zip(table["patientId"], own)), bool((table["patient"] != "").any()))
+                  dict(zip(named["patientId"], named["patient"])))
 
 
 def check_boxes(boxes: Mapping[str, np.ndarray], sizes: Mapping[str, tuple[int, int]]) -> None:
@@ -164,8 +166,8 @@ def check_boxes(boxes: Mapping[str, np.ndarray], sizes: Mapping[str, tuple[int, 
     labels and images are not in the same pixels, or the boxes not x, y, width and height. Warns
     of boxes outside in few images, and if all are in the upper left quarter of theirs.
     """
-    corners = {key: (boxes[key][:, :2].min(axis=0), (boxes[key][:, :2] + boxes[key][:, 2:]).max(
-        axis=0), np.array(size[::-1])) for key, size in sizes.items() if len(boxes[key])}
+    corners = {key: (boxes[key][:, :2].min(axis=0), boxes[key][:, :2] + boxes[key][:, 2:],
+                     np.array(size[::-1])) for key, size in sizes.items() if len(boxes[key])}
     outside = [f"{key}: {boxes[key].round().astype(int).tolist()} in {size[0]} x {size[1]} pixels"
                for key, (low, high, size) in corners.items()
                if (low < -BEYOND).any() or (high > size + BEYOND).any()]

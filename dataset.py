@@ -56,10 +56,12 @@ class PneumoniaDataset(Dataset):
             for (patient_id, path), reading in zip(files.items(), readings):
                 self._add(patient_id, path, reading)
         self._check_skipped(len(files))
-        check_boxes(labels.boxes, dict(zip(self.patient_ids, self.original_sizes)))
-        self.boxes = [labels.boxes[key] for key in self.patient_ids]
-        self.views = [labels.views[key] for key in self.patient_ids]
-        self.patients = [labels.patients[key] for key in self.patient_ids]
+        self.boxes = [np.asarray(labels.boxes[key], float).reshape(-1, 4)
+                      for key in self.patient_ids]
+        check_boxes(dict(zip(self.patient_ids, self.boxes)),
+                    dict(zip(self.patient_ids, self.original_sizes)))
+        self.views = [labels.views.get(key, "") for key in self.patient_ids]
+        self.patients = [labels.patient_of(key) for key in self.patient_ids]
 
     def __getstate__(self) -> dict:
         """For another process on this machine: Linux lets it open the unnamed file of the images as
@@ -172,7 +174,7 @@ def find_labelled(data: Path, table: Path, leave_out: Iterable[Path] = ()) -> La
     Raises InputError if there are too few to train on.
     """
     labels = read_labels(table)
-    if not labels.has_patients:
+    if not labels.patients:
         print(f"{table} has no column patient, so images of one patient may be in several parts: "
               "python data_processing.py writes the column")
     found, skipped = find_dicom_files(data, leave_out)
@@ -198,7 +200,7 @@ def divide(labels: Labels, patients: Iterable[str], count: int) -> list[list[str
     """
     ids, positive = {}, labels.positive
     for patient_id in sorted(labels.boxes):
-        ids.setdefault(labels.patients[patient_id], []).append(patient_id)
+        ids.setdefault(labels.patient_of(patient_id), []).append(patient_id)
     parts, sizes = [[] for _ in range(count)], [(0, 0)] * count  # images with opacities, all images
     for patient in patients:
         found = sum(positive[patient_id] for patient_id in ids[patient])
@@ -213,12 +215,12 @@ def split_folds(labels: Labels, folds: int) -> list[list[str]]:
     the table, the same images make the same folds."""
     def digest(patient: str) -> str:
         return hashlib.md5(patient.encode(), usedforsecurity=False).hexdigest()
-    return divide(labels, sorted(set(labels.patients.values()), key=digest), folds)
+    return divide(labels, sorted(set(map(labels.patient_of, labels.boxes)), key=digest), folds)
 
 
 def hold_out(labels: Labels, seed: int) -> list[str]:
     """The ids of a random part in HELD_OUT; depends on the images, patients and seed alone."""
-    patients = sorted(set(labels.patients.values()))
+    patients = sorted(set(map(labels.patient_of, labels.boxes)))
     order = np.random.default_rng(seed).permutation(patients).tolist()
     return divide(labels, order, HELD_OUT)[0]
 

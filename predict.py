@@ -187,7 +187,7 @@ class Results:
             loss=float("nan"), box_thresholds=self.thresholds.and_curve(),
             confidences=np.array([made.row.confidence for made in scored]),
             positive=np.array([made.row.true_boxes > 0 for made in scored]),
-            views=np.array([self.labels.views[made.row.patient_id] for made in scored]),
+            views=np.array([self.labels.views.get(made.row.patient_id, "") for made in scored]),
             scores=np.array([made.scores for made in scored]))
         draw_scores(self.output, evaluation, self.thresholds)
         figures = evaluation.summarize(self.thresholds)
@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rescale_factor = args.rescale_factor or checkpoint.get("rescale_factor") or 4
     model.check_side(rescale_factor)
     thresholds = thresholds_in_use(checkpoint, args.box_threshold, args.gate_threshold)
-    labels = read_labels(args.labels) if args.labels else Labels({}, {}, {}, False)
+    labels = read_labels(args.labels) if args.labels else Labels({})
 
     # files, and this process's share of them
     sources, output = [Path(path) for path in args.data], Path(args.output)

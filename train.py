@@ -156,7 +156,7 @@ def check_start(args: argparse.Namespace, start: Start) -> None:
                   f"{done}; give {done} or more")
 
 
-def tell_jump(epochs: int, state: dict[str, Any]) -> None:
+def tell_jump(epochs: int, state: dict) -> None:
     """Says how the learning rate changes if a run continues with another number of epochs."""
     planned, done = state["args"]["epochs"], len(state["history"])
     if epochs != planned:
