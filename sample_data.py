@@ -4,10 +4,10 @@
     python sample_data.py --train 40 --test 5 --output phantoms
 
 Writes chest phantoms with opacities as DICOM files, the two label tables, and
-stage_2_test_labels.csv with the truth of the test images, which the challenge keeps to itself. The
-phantoms are for trying the scripts; what is learned from them says nothing about radiographs. Boxes
-have the challenge's sizes, but 40 % of the images are positive (22.5 % there), so that a small
-sample has enough to learn from.
+stage_2_test_labels.csv with the truth of the test images, which the challenge keeps to itself. A
+fifth of the chests have a second image, with the same PatientID. The phantoms are for trying the
+scripts; what is learned from them says nothing about radiographs. Boxes have the challenge's sizes,
+but 40 % of the images are positive (22.5 % there), so that a small sample has enough to learn from.
 """
 
 import functools
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.random import Generator, default_rng
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from pydicom import Dataset, config
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGBaseline8Bit, SecondaryCaptureImageStorage, generate_uid
@@ -38,7 +38,7 @@ SIDE, CELL = cli.IMAGE_SIDE, 4  # pixels a side of an image, and of a cell of th
 ROW, COLUMN = np.mgrid[:SIDE // CELL, :SIDE // CELL].astype(np.float32) + 0.5
 OPACITY, NORMAL, OTHER = "Lung Opacity", "Normal", "No Lung Opacity / Not Normal"
 CLASSES = 4 * [OPACITY] + 3 * [NORMAL] + 3 * [OTHER]  # of ten images in a row
-FINDINGS = "nodules", "large heart", "raised diaphragm", "effusion", "interstitial", "pacemaker"
+FINDINGS = "nodules", "large heart", "raised diaphragm", "effusion", "interstitial"
 FINDING_ODDS = {NORMAL: 0, OPACITY: 0.3, OTHER: 1}
 # the challenge's: share of the positive images with 1, 2, 3 and 4 boxes; headers
 BOX_COUNTS = np.array([2614, 3266, 119, 13]) / 6012
@@ -187,42 +187,25 @@ def opacity_fields(rng: Generator, lungs: np.ndarray) -> np.ndarray:
     return rng.permutation(lungs)[:count]
 
 
-def draw_objects(rng: Generator, findings: set[str], view: str) -> np.ndarray:
-    """Side letter, electrode wires and pacemaker as brightness to add, uint8 (SIDE, SIDE)."""
-    canvas = Image.new("L", (SIDE // 2, SIDE // 2))
-    draw = ImageDraw.Draw(canvas)
-    has_wires = rng.random() < (0.6 if view == "AP" else 0.1)
-    for _ in range(rng.integers(1, 4) if has_wires else 0):
-        start, bend, end = rng.uniform([120, 0], [400, 420], (3, 2))
-        steps = np.linspace(0, 1, 30)[:, None]
-        curve = start + steps * (end - start) + np.sin(np.pi * steps) * (bend - start) / 3
-        draw.line(curve.ravel().tolist(), fill=60, width=2)
-    if "pacemaker" in findings:
-        left, top = rng.uniform([330, 100], [380, 140])
-        lead = [(left + 10, top + 20), (290, 170), (270, 250), (310, 340)]
-        draw.line(lead, fill=90, width=3, joint="curve")
-        draw.rounded_rectangle([left, top, left + 50, top + 40], radius=10, fill=110)
-    if rng.random() < 0.7:
-        corner = rng.uniform([25, 20], [60, 90])
-        draw.text(corner, "R", fill=150, font=ImageFont.load_default(rng.integers(24, 44)))
-    return np.asarray(canvas.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
-
-
-def draw_patient(rng: Generator, label: str, view: str) -> tuple[np.ndarray, list[list[float]]]:
-    """A phantom, uint8 (SIDE, SIDE) with air dark, and its boxes [[x, y, w, h], ...] in pixels."""
+def draw_findings(rng: Generator, label: str) -> set[str]:
+    """What else a chest shows whose first image has this class."""
     count = rng.integers(1, 3) if rng.random() < FINDING_ODDS[label] else 0
-    findings = set(rng.choice(FINDINGS, count, replace=False).tolist())
-    image, lungs = draw_chest(rng, findings)
+    return set(rng.choice(FINDINGS, count, replace=False).tolist())
+
+
+def draw_image(rng: Generator, image: np.ndarray, fields: np.ndarray,
+               ) -> tuple[np.ndarray, list[list[float]]]:
+    """A phantom, uint8 (SIDE, SIDE) with air dark, of a chest (G, G) with an opacity in each of the
+    fields (n, G, G), and its boxes [[x, y, w, h], ...] in pixels."""
     boxes = []
-    for field in opacity_fields(rng, lungs) if label == OPACITY else ():
+    for field in fields:
         patch, box = draw_opacity(rng, field)
         image = image + rng.uniform(0.14, 0.36) * patch
         boxes.append(box)
     black, contrast, gamma = rng.uniform(0, 25), rng.uniform(190, 240), rng.uniform(0.75, 1.3)
-    image = black + contrast * np.clip(image, 0, 1) ** gamma
-    image = resize(image, SIDE) + draw_objects(rng, findings, view)
+    image = resize(black + contrast * np.clip(image, 0, 1) ** gamma, SIDE)
     grain = rng.integers(256, size=(SIDE, SIDE), dtype=np.uint8)
-    image += np.float32(rng.uniform(3, 12) / 128) * (grain - np.float32(127.5))
+    image = image + np.float32(rng.uniform(3, 12) / 128) * (grain - np.float32(127.5))
     return np.clip(image, 0, 255).astype(np.uint8), boxes
 
 
@@ -259,13 +242,26 @@ def patient_id_of(seed: int, split: int, index: int) -> str:
     return str(uuid.UUID(bytes=default_rng([seed, split, index]).bytes(16), version=4))
 
 
+def first_image(index: int) -> int:
+    """Index of the first image of the chest that image `index` shows: a fifth of the chests have a
+    second image, three later."""
+    return index - 3 if index % 6 == 5 else index
+
+
 def write_patient(index: int, *, folder: Path, seed: int, split: int) -> tuple[str, str, list]:
     """Writes one DICOM file, which depends on these numbers alone; returns id, class and boxes."""
-    rng = default_rng([seed, split, index, 1])
+    rng, first = default_rng([seed, split, index, 1]), first_image(index)
+    chest_rng = default_rng([seed, split, first, 2])
     patient_id, label = patient_id_of(seed, split, index), CLASSES[index % len(CLASSES)]
+    findings = draw_findings(chest_rng, CLASSES[first % len(CLASSES)])
+    if first != index and label != OPACITY:
+        label = OTHER if findings else NORMAL
     view = "AP" if rng.random() < (0.78 if label == OPACITY else 0.36) else "PA"
-    image, boxes = draw_patient(rng, label, view)
-    dataset = make_header(rng, patient_id, view)
+    chest, lungs = draw_chest(chest_rng, findings)
+    fields = opacity_fields(rng, lungs) if label == OPACITY else lungs[:0]
+    image, boxes = draw_image(rng, chest, fields)
+    dataset = make_header(chest_rng, patient_id, view)
+    dataset.PatientID = dataset.PatientName = patient_id_of(seed, split, first)
     dataset.PixelData = encapsulate([encode_jpeg(image)])
     dataset.save_as(folder / f"{patient_id}.dcm", enforce_file_format=True)
     return patient_id, label, boxes
