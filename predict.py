@@ -21,7 +21,7 @@ import torch
 import cli
 import metrics
 import parallel
-from data_processing import Labels, read_labels, refuse_mixture
+from data_processing import Labels, files_of_table, read_labels, refuse_mixture
 from model import Runtime, load_checkpoint
 from radiographs import Reading, find_radiographs, read_images
 from results import (
@@ -226,6 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"no files in {', '.join(map(str, sources))}: give another with --data")
     for folder in sources:
         refuse_mixture(folder, [path for path in files.values() if folder in path.parents])
+    if args.labels:
+        files = files_of_table(files, Path(args.labels), labels.boxes.keys())
     source = args.data[0] if len(args.data) == 1 else f"the {len(args.data)} paths given"
     print(f"files in {source}: {len(files)}; {runtime.device.type}, {runtime.dtype}; {thresholds}")
     batches = list(cli.batched(files, args.batch_size))  # the same in any number of processes
