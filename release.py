@@ -62,7 +62,7 @@ def release_files(labels: Path) -> tuple[Path, Path] | None:
 def find_release(folder: Path) -> dict[str, list[Path]]:
     """The files of "annotations" and "mapping" in a folder, known by content or RSNA's names."""
     found = {kind: [] for kind in KINDS}
-    for path in sorted(folder.glob("[!.]*.json")):
+    for path in sorted(filter(Path.is_file, folder.glob("[!.]*.json"))):
         with open(path, "rb") as file:
             head = file.read(HEAD)
         for kind, (name, pattern) in KINDS.items():

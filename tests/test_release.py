@@ -244,6 +244,7 @@ def test_train_and_test_images_stand_in_tables_of_their_own(folder, capsys):
 def test_files_are_recognised_by_rsnas_names_and_by_their_content(folder):
     assert release.release_files(folder) == (folder / "labels.json", folder / "ids.json")
     (folder / "ids.json").rename(folder / "pneumonia-challenge-dataset-mappings_2018 (1).json")
+    (folder / "folder.json").mkdir()
     (folder / "annotations.json").write_text('{"a": "0.9 1 2 3 4"}')  # predict.py's
     assert release.release_files(folder)[1].name.endswith("(1).json")
 
