@@ -2,12 +2,15 @@
 
     python data_processing.py                      # writes train.csv, one row per label row
     python data_processing.py --type prediction    # writes predict.csv, one row per image
+
+Reads Kaggle's files or RSNA's own release. From the latter it also writes test.csv, the truth of
+the challenge's test images, and instances.csv, which tells the file of each image.
 """
 
 import io
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +18,10 @@ import numpy as np
 import pandas as pd
 
 import cli
+import release
 from radiographs import find_dicom_files, read_header, readings_of
 
+INSTANCES = "instances.csv"
 BOX_COLUMNS = ["x", "y", "width", "height"]
 BEYOND = 5  # pixels by which a box may reach beyond its image; annotations do
 SMALLEST_BOX = 2  # pixels a side; if all are smaller, they must be shares of the image
@@ -29,6 +34,7 @@ TRAINING_COLUMNS = HEADER_COLUMNS + BOX_COLUMNS + ["Target", "class", "patient"]
 # NIH's patients with several images in the challenge, by the first eight characters of patientId;
 # from torchxrayvision's comparison of the pixels (scripts/CrossReferenceWithNIH, Apache 2.0)
 NIH_PATIENTS = Path(__file__).with_name("nih_patients.csv")
+KAGGLE_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 YEARS = {"": 1, "Y": 1, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
 MAX_AGE = 120  # years; the five ages of 148 and above in the challenge are typing errors
 
@@ -260,36 +266,129 @@ def build_training_csv(images: Path, labels: Path, output: Path) -> pd.DataFrame
     repeated = classes["patientId"].duplicated()
     refuse_row(repeated, classes, "patientId", classes_path, "has two different classes")
     headers = read_headers(images)
-    cli.refuse_if(headers.empty, f"no DICOM file in {images}: give the folder that holds the "
-                  "images with --images")
-    headers["patient"] = find_patients(headers)
+    known = known_patients(headers["patientId"], labels)
+    table = _join(boxes, classes, headers.assign(patient=find_patients(headers, known)))
+    cli.refuse_if(table.empty, f"no image in {images} has a label in {labels_path}: check --images "
+                  "and --labels")
+    return _write(table[TRAINING_COLUMNS], Path(output, "train.csv"))
+
+
+def _join(boxes, classes, headers):
+    """One row for each of `boxes` that has a header, with its class; what is left out is named."""
     ids, labelled = set(headers["patientId"]), set(boxes["patientId"])
     cli.warn("images without labels are left out", sorted(ids - labelled))
     cli.warn("labels without an image are left out", sorted(labelled - ids))
     cli.warn("labels have no class", sorted(labelled - set(classes["patientId"])))
-    boxes = boxes.rename(columns={"patient": "given"})
-    table = boxes.merge(headers, on="patientId").merge(classes, on="patientId", how="left")
-    table["patient"] = table["given"].where(table["given"] != "", table["patient"])
-    if table.empty:
-        raise cli.InputError(
-            f"no image in {images} has a label in {labels_path}: check --images and --labels")
+    table = boxes.merge(headers, on="patientId", suffixes=(" given", ""))
+    table = table.merge(classes, on="patientId", how="left")
+    if "patient given" in table:
+        table["patient"] = table["patient given"].where(table["patient given"] != "",
+                                                        table["patient"])
     table = drop_boxes_outside(table).astype({"Target": int})
     table.attrs = headers.attrs
-    return _write(table[TRAINING_COLUMNS], Path(output, "train.csv"))
+    return table
 
 
-def find_patients(headers: pd.DataFrame) -> pd.Series:
+def build_release_csvs(images: Path, annotations: Path, mapping: Path, output: Path, *,
+                       unseen_patients: bool = False) -> pd.DataFrame:
+    """Joins the headers in folder `images` with the two JSON files of RSNA's own release, and
+    writes train.csv, test.csv (both as build_training_csv does) and instances.csv into `output`.
+
+    With `unseen_patients`, test.csv has no image of a patient who is in train.csv. Returns the
+    table of train.csv. Raises InputError as release.read_release does.
+    """
+    labels = release.read_release(annotations, mapping)
+    headers = read_headers(images)
+    headers["patientId"] = headers["patientId"].map(lambda key: labels.instances.get(key, key))
+    headers["patient"] = find_patients(headers, labels.patients)
+    table = _join(labels.boxes, labels.classes, headers)
+    cli.refuse_if(table.empty, f"no image in {images} has a label in {annotations}: check --images "
+                  "and --labels")
+    _compare_labels(labels.boxes, annotations.with_name(cli.LABELS))
+    is_test = table["patientId"].isin(_test_ids(annotations.parent, labels.boxes["patientId"]))
+    training, test = table[~is_test], table[is_test]
+    seen = test["patient"].isin(training["patient"])
+    print(f"test images: {test['patientId'].nunique()}, of them "
+          f"{test.loc[seen, 'patientId'].nunique()} of patients who are in train.csv"
+          f"{', which are left out' if unseen_patients else ''}")
+    if unseen_patients:
+        test = test[~seen]
+    instances = pd.DataFrame(labels.instances.items(), columns=["SOPInstanceUID", "patientId"])
+    _write(instances, Path(output, INSTANCES))
+    _write(test[TRAINING_COLUMNS], Path(output, "test.csv"))
+    return _write(training[TRAINING_COLUMNS], Path(output, "train.csv"))
+
+
+def _test_ids(folder, ids):
+    """Ids of the test images: those of Kaggle's sample submission if it is in the folder, else the
+    challenge's."""
+    submission = Path(folder, cli.SUBMISSION)
+    if not submission.exists():
+        return release.challenge_test_ids(ids)
+    test_ids = set(read_table(submission, ["patientId"])["patientId"])
+    cli.warn(f"ids of {submission} have no label in the release", sorted(test_ids - set(ids)))
+    return test_ids
+
+
+def _compare_labels(boxes, path):
+    """Prints how many images have other labels than in Kaggle's table, if this lies beside."""
+    if path.exists():
+        here, there = (table.groupby("patientId")["Target"].agg(["max", "sum"])
+                       for table in (boxes, read_boxes(path)))
+        pairs = here.merge(there, on="patientId", suffixes=("", " there"))
+        differ = pairs["max"] != pairs["max there"], pairs["sum"] != pairs["sum there"]
+        print(f"of {len(pairs)} images that {path} names, {differ[0].sum()} have another Target "
+              f"here, and {differ[1].sum()} another number of boxes")
+
+
+def files_of_table(files: dict[str, Path], path: Path,
+                   ids: Collection[str]) -> dict[str, Path]:
+    """The files {patient_id: path} under the ids of the table at `path`, which has `ids`.
+
+    RSNA's files are named by their SOPInstanceUID; their ids are in instances.csv, if that lies
+    beside the table. Files of which it gives ids that the table does not have (train.csv and
+    test.csv share one instances.csv) are left out, as are second files of an image; both are
+    printed.
+    """
+    instances = Path(path).with_name(INSTANCES)
+    if not instances.exists():
+        return files
+    table = read_table(instances, ["SOPInstanceUID", "patientId"])
+    named = dict(zip(table["SOPInstanceUID"], table["patientId"]))
+    found, others, second = {}, 0, []
+    for name, file in files.items():
+        patient_id = named.get(name, name)
+        if name in named and patient_id not in ids:
+            others += 1
+        elif patient_id in found:
+            second.append(file)
+        else:
+            found[patient_id] = file
+    if others:
+        print(f"{others} images that {instances} names are not in {path} and are not read")
+    cli.warn("files show an image that another file shows, too, and are left out", second)
+    return found
+
+
+def known_patients(ids: Iterable[str], labels: Path) -> dict[str, str]:
+    """NIH's number of the patient, {patientId: number}: of RSNA's mapping if it lies in the folder
+    `labels`, else of the table here, which has the challenge's patients with several images."""
+    for mapping in release.find_release(labels)["mapping"]:
+        return release.patients_of_mapping(mapping)
+    table = pd.read_csv(NIH_PATIENTS, dtype=str, index_col="patientId")["patient"]
+    return {key: table[key[:8]] for key in ids if KAGGLE_ID.fullmatch(key) and key[:8] in table}
+
+
+def find_patients(headers: pd.DataFrame, known: Mapping[str, str]) -> pd.Series:
     """The patient of each image in a table of read_headers: the PatientID where it names several
-    of the images, else NIH's number of the patient, else the image's own id. Prints how many of
+    of the images, else the patient that is `known`, else the image's own id. Prints how many of
     each there are, but no PatientID."""
     ids, names = headers["patientId"], headers["PatientID"]
     named = names.duplicated(keep=False) & names.notna()
     if named.any() and names.nunique() == 1:
         print("all images have the same PatientID, so it is not taken for a patient")
         named[:] = False
-    table = pd.read_csv(NIH_PATIENTS, dtype=str, index_col="patientId")["patient"]
-    is_uuid = ids.str.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # as in the challenge
-    numbers = ids.str[:8].map(table).where(is_uuid & ~named)
+    numbers = ids.map(known).where(~named)
     patients = names.where(named).fillna(numbers).fillna(ids)
     print(f"{len(ids)} images of {patients.nunique()} patients: {named.sum()} images with a "
           f"PatientID that names several, {numbers.count()} with NIH's number, "
@@ -329,14 +428,18 @@ def _write(table, path):
 def make_parser() -> cli.Parser:
     parser = cli.Parser(__doc__.splitlines()[0])
     parser.add_path("--images", "-i", kind="folder", help="folder of DICOM files",
-                    variable="TRAINML_DATA_PATH", part=cli.TRAIN_IMAGES)
-    parser.add_path("--labels", "-l", kind="folder", help="folder of the two label tables",
-                    variable="TRAINML_DATA_PATH")
+                    variable="TRAINML_DATA_PATH",
+                    part=release.image_folder(cli.default_path("TRAINML_DATA_PATH")))
+    parser.add_path("--labels", "-l", kind="data", variable="TRAINML_DATA_PATH",
+                    help="folder of Kaggle's two label tables or of RSNA's own release, or the "
+                         "release's file of annotations")
     parser.add_path("--output", "-o", kind="output", help="folder for the CSV file",
                     variable="TRAINML_MODEL_PATH")
     parser.add_argument("--type", "-t", default="training",
                         choices=["training", "train", "prediction"],
                         help="train means training (default: %(default)s)")
+    parser.add_argument("--unseen-patients", action="store_true",
+                        help="leave images of patients who are in train.csv out of test.csv")
     return parser
 
 
@@ -346,10 +449,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.type == "prediction":
         args.labels = None
     parser.check_paths(args)
+    images, output = Path(args.images), Path(args.output)
+    files = release.release_files(Path(args.labels)) if args.labels else None
+    cli.refuse_if(args.unseen_patients and not files,
+                  "--unseen-patients acts on RSNA's own release alone")
     if args.type == "prediction":
-        table = build_prediction_csv(Path(args.images), Path(args.output))
+        table = build_prediction_csv(images, output)
+    elif files:
+        table = build_release_csvs(images, *files, output, unseen_patients=args.unseen_patients)
     else:
-        table = build_training_csv(Path(args.images), Path(args.labels), Path(args.output))
+        table = build_training_csv(images, Path(args.labels), output)
     return 1 if table.attrs["internal_errors"] else 0
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from cli import IMAGE_SIDE, InputError, InternalError, progress, refuse_if, warn
-from data_processing import Labels, check_boxes, read_labels
+from data_processing import Labels, check_boxes, files_of_table, read_labels
 from metrics import rescale_boxes
 from radiographs import find_dicom_files, read_images
 
@@ -179,6 +179,7 @@ def find_labelled(data: Path, table: Path, leave_out: Iterable[Path] = ()) -> La
               "python data_processing.py writes the column")
     found, skipped = find_dicom_files(data, leave_out)
     warn("files are left out", [f"{path} {reason}" for path, reason in skipped])
+    found = files_of_table(found, table, labels.boxes.keys())
     warn("ids of the table have no image and are left out",
          sorted(labels.boxes.keys() - found.keys()))
     labels = labels.among(found)

@@ -21,7 +21,13 @@ import torch
 import cli
 import metrics
 import parallel
-from data_processing import Labels, read_labels, read_split, refuse_mixture
+from data_processing import (
+    Labels,
+    files_of_table,
+    read_labels,
+    read_split,
+    refuse_mixture,
+)
 from model import Runtime, load_checkpoint
 from radiographs import Reading, find_radiographs, read_images
 from results import (
@@ -251,6 +257,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # files, and this process's share of them
     output = Path(args.output)
     files, skipped = parallel.once(partial(find_files, args.data, output), runtime)
+    if args.labels:
+        files = files_of_table(files, Path(args.labels), labels.boxes.keys())
     source = args.data[0] if len(args.data) == 1 else f"the {len(args.data)} paths given"
     print(f"files in {source}: {len(files)}; {runtime.device.type}, {runtime.dtype}; {thresholds}")
     batches = list(cli.batched(files, args.batch_size))  # the same in any number of processes

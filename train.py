@@ -27,6 +27,7 @@ from dataset import PneumoniaDataset, find_labelled
 from engine import Start, Training, evaluate, train_one_epoch, training_loader
 from metrics import Thresholds, choose_thresholds
 from model import PneumoniaUNET, Runtime
+from release import image_folder
 from results import Records, result_paths
 
 OPTIMIZERS = {  # class, devices with a fused form since PyTorch 2.6, default overrides
@@ -51,7 +52,8 @@ CHANGEABLE = ("epochs", "train_threshold", "save_images", "box_threshold", "gate
 def make_parser() -> cli.Parser:
     parser = cli.Parser(__doc__.splitlines()[0])
     parser.add_path("--data", "-d", kind="folder", help="folder of DICOM files",
-                    variable="TRAINML_DATA_PATH", part=cli.TRAIN_IMAGES)
+                    variable="TRAINML_DATA_PATH",
+                    part=image_folder(cli.default_path("TRAINML_DATA_PATH")))
     parser.add_path("--labels", "-l", kind="file", help="train.csv of these images",
                     variable="TRAINML_MODEL_PATH", part="train.csv",
                     written_by="python data_processing.py")
