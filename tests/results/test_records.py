@@ -68,7 +68,7 @@ def test_a_run_that_continues_with_other_data_tells_which_images_changed_their_p
 
 def test_metrics_without_a_value_are_null_since_json_has_no_nan(tmp_path):
     settings = dict.fromkeys(records.COMPARED, 1) | {
-        "checkpoint": tmp_path / "last.pth.tar", "save_images": False, "workers": 1}
+        "checkpoint": str(tmp_path / "last.pth.tar"), "save_images": False, "workers": 1}
     without_negatives = Evaluation(0.5, Thresholds().and_curve(), np.ones(2), np.ones(2, bool),
                                    np.full(2, ""), np.zeros((2, len(Thresholds().and_curve()))))
     before = training(1, [{"loss": 0.5, "auc": float("nan")}])
