@@ -18,8 +18,8 @@ BLOCKS = re.findall(r"^```\w*\n(.*?)^```", README, re.S | re.M)
 COMMANDS = [line for block in BLOCKS
             for line in re.sub(r"\\\n\s*", "", block).splitlines()]  # a backslash joins two
 SCRIPTS, NOTEBOOKS = sorted(ROOT.glob("*.py")), sorted(ROOT.glob("*.ipynb"))
-WINGS = ["radiographs", "results"]
-SOURCES = [*SCRIPTS, *(path for wing in WINGS for path in sorted((ROOT / wing).glob("*.py")))]
+FOLDERS = ["radiographs", "results", "tools"]
+SOURCES = [*SCRIPTS, *(path for name in FOLDERS for path in sorted((ROOT / name).glob("*.py")))]
 WITH_FLAGS = [path.name for path in SCRIPTS if "def make_parser" in path.read_text("utf-8")]
 
 
@@ -37,8 +37,7 @@ def test_the_house_of_the_readme_names_six_scripts_and_only_what_is_there():
 
 
 def test_the_house_of_contributing_names_every_room():
-    wings = {f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")} | {"tools/"}
-    assert rooms(CONTRIBUTING) == {path.name for path in SCRIPTS} | wings
+    assert rooms(CONTRIBUTING) == {path.name for path in SCRIPTS} | {f"{name}/" for name in FOLDERS}
 
 
 def test_commands_for_maintainers_name_modules_that_exist():
@@ -145,7 +144,7 @@ def trees():
 
 def foreign(names):
     """Top-level modules that are neither ours nor Python's."""
-    own = {path.stem for path in SCRIPTS} | set(WINGS)
+    own = {path.stem for path in SCRIPTS} | set(FOLDERS)
     return {name.partition(".")[0] for name in names} - own - sys.stdlib_module_names
 
 
