@@ -260,11 +260,11 @@ def choose_thresholds(evaluate: Callable[[Sequence[float]], Evaluation],
     default = box_thresholds.index(given.box), gates.index(given.gate)
     evaluation = evaluate(box_thresholds)
     box, gate = search_thresholds(evaluation, gates, default)
-    images = len(evaluation.scores)
+    images = f"{len(evaluation.scores)} images"
+    source = f"searched on {images}"
     if (box, gate) == default:
-        source = f"{given.source}; a search on {images} images proved nothing better"
-        return given._replace(source=source)
-    return Thresholds(box_thresholds[box], gates[gate], f"searched on {images} images")
+        source = f"{given.source}; a search on {images} proved nothing better"
+    return given._replace(box=box_thresholds[box], gate=gates[gate], source=source)
 
 
 def prediction_string(boxes: np.ndarray, confidences: np.ndarray) -> str:

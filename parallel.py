@@ -80,22 +80,22 @@ def join(device: str, precision: str) -> Runtime:
     runtime, launch = choose_runtime(device, precision), find_launch()
     if launch.world == 1:
         return runtime
-    place, backend = runtime.device, "gloo"
-    if place.type == "cuda":
+    backend = "gloo"
+    if runtime.device.type == "cuda":
         gpus = torch.cuda.device_count()
-        if launch.local_world > gpus:
-            raise cli.InputError(
-                f"processes: {launch.local_world}, GPUs: {gpus}; lower --nproc-per-node")
-        place, backend = torch.device("cuda", launch.local_rank), "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(place)
-    cli.on_stop(signal.SIG_DFL)  # while it waits for the others, no handler would be called
+        cli.refuse_if(launch.local_world > gpus, f"processes: {launch.local_world}, GPUs: {gpus}; "
+                      "lower --nproc-per-node")
+        runtime = runtime._replace(device=torch.device("cuda", launch.local_rank))
+        torch.cuda.set_device(runtime.device)
+        backend = "cpu:gloo,cuda:nccl"
+    cli.on_stop(signal.SIG_DFL)  # no handler would be called while this waits for the others
     try:
         dist.init_process_group(backend, timeout=PATIENCE)
     except ValueError as error:  # a launcher's variable is missing
         raise cli.InputError(f"{launch.world} processes cannot be connected ({error}): start them "
                              "with torchrun, or unset WORLD_SIZE") from None
     cli.on_stop(cli.stop)
-    return runtime._replace(device=place, rank=dist.get_rank(), world=launch.world)
+    return runtime._replace(rank=dist.get_rank(), world=launch.world)
 
 
 def once(make: Callable[[], Any], runtime: Runtime) -> Any:
