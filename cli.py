@@ -175,12 +175,9 @@ def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         cores = len(os.sched_getaffinity(0))
-    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # v2, v1
-        with contextlib.suppress(OSError, ValueError):  # no such file; "max"
-            texts = [(cgroup / name).read_text() for name in names]
-            quota, period = map(int, " ".join(texts).split())
-            if quota > 0:
-                cores = min(cores, math.ceil(quota / period))
+    with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+        quota, period = map(int, (cgroup / "cpu.max").read_text().split())
+        cores = min(cores, math.ceil(quota / period))
     return cores
 
 
