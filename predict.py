@@ -33,6 +33,7 @@ from results import (
     picture_writer,
     refuse_to_replace,
     result_paths,
+    score_lines,
     write_report,
 )
 
@@ -152,16 +153,16 @@ class Results:
         found = sum(made.row.outcome == "found" for made in self.predicted)
         summary = (f"images predicted: {len(self.predicted)}, with opacities: {found}; "
                    f"files skipped: {len(self.skipped)}")
-        score_lines, plots = self._score()
+        lines, plots = self._score()
         rows = [made.row for made in (*self.predicted, *self.skipped)]
-        path = write_report(self.output, rows, lines=[str(self.thresholds), summary, *score_lines],
+        path = write_report(self.output, rows, lines=[str(self.thresholds), summary, *lines],
                             pictures=pictures, plots=plots)
         print(f"{summary}; see {path}")
         if self.labels.boxes:
             ids, labelled = {made.row.patient_id for made in self.predicted}, set(self.labels.boxes)
             cli.warn("ids of the labels have no image that can be read", sorted(labelled - ids))
             cli.warn("images have no label and are not scored", sorted(ids - labelled))
-        for line in score_lines:
+        for line in lines:
             print(line)
 
     def _score(self):
@@ -177,7 +178,7 @@ class Results:
             scores=np.array([made.scores for made in labelled]))
         draw_scores(self.output, evaluation, self.thresholds)
         figures = evaluation.summarize(self.thresholds)
-        return metrics.score_lines(figures, len(labelled)), ["scores.png"]
+        return score_lines(figures, len(labelled)), ["scores.png"]
 
 
 def make_parser() -> cli.Parser:
