@@ -29,7 +29,7 @@ class Thresholds(NamedTuple):
     the boxes. No search changes the weight; it is kept here because files from before it was
     introduced need 1."""
     box: float = 0.5  # a pixel above this probability belongs to a box
-    gate: float = 0.8  # an image whose highest probability is below has no boxes
+    gate: float = 0.8  # an image whose highest probability is below this has no boxes
     source: str = "defaults"  # where the two come from, in words
     size_weight: float = 0.8
 

@@ -22,7 +22,7 @@ from torch.utils.data import BatchSampler, Sampler
 import cli
 from model import Runtime, choose_runtime
 
-PATIENCE = timedelta(hours=1)  # while one process prepares or draws the images
+PATIENCE = timedelta(hours=1)  # of the others while one process prepares or draws the images
 FIRST_SECONDS = 10  # for the first process to report an error that all have
 
 
@@ -34,8 +34,8 @@ class Launch(NamedTuple):
 
 
 def find_launch() -> Launch:
-    """The Launch of torchrun or a launcher like it. Variables that another program has left over
-    are those of a single process."""
+    """The Launch of torchrun or a launcher like it. Variables that are left over from another
+    program count as those of a single process."""
     def number(name: str, default: int) -> int:
         text = os.environ.get(name, "").strip()
         return int(text) if text.isdigit() else default
@@ -46,8 +46,8 @@ def find_launch() -> Launch:
 
 
 def run(main: Callable[[], int]) -> None:
-    """Runs a script's `main` like cli.run: of the processes on a machine, the first alone prints,
-    and it alone reports an error that all of them have."""
+    """Runs a script's `main` like cli.run. Only the first process on a machine prints, and only it
+    reports an error that all of them have."""
     is_first = find_launch().local_rank == 0
     if not is_first:
         sys.stdout = sys.stderr = open(os.devnull, "w")
@@ -102,10 +102,10 @@ def once(make: Callable[[], Any], runtime: Runtime) -> Any:
     """Calls `make` in one process of each machine and returns its result in all of them."""
     if runtime.world == 1:
         return make()
-    rank = find_launch().local_rank
-    made = make() if rank == 0 else None
+    local_rank = find_launch().local_rank
+    made = make() if local_rank == 0 else None
     pickles = gather([pickle.dumps(made)], runtime)  # those of other machines stay closed
-    return pickle.loads(pickles[runtime.rank - rank]) if rank else made
+    return pickle.loads(pickles[runtime.rank - local_rank]) if local_rank else made
 
 
 def share(items: Sequence, runtime: Runtime) -> Sequence:

@@ -57,7 +57,7 @@ STAGES = {  # the limit of each
 
 
 class Stage(NamedTuple):
-    """What is timed and what limits it, and how many images a call of each stands for."""
+    """What is timed and what limits it, each with the number of images that one call covers."""
     work: Callable[[], Any]
     images: int
     limit: Callable[[], Any]
