@@ -20,13 +20,13 @@ from torch import nn
 import cli
 from dataset import PneumoniaDataset
 from engine import Training
-from metrics import Evaluation, Thresholds, score_lines
+from metrics import Evaluation, Thresholds
 from model import Runtime, save_checkpoint
 from radiographs import Radiograph, Reading, read_images
 
 from .curves import draw_history, draw_scores
 from .drawing import IMAGE_SIZE, Overlay, draw_overlay, make_overlay, picture_writer
-from .report import Row, write_report
+from .report import Row, score_lines, write_report
 
 METRIC_NAMES = {  # in metrics.json and final.pth.tar, of what metrics.summarize returns
     "rsna": "rsna_mean_average_precision", "rsna_standard_error": "rsna_standard_error",
