@@ -122,7 +122,7 @@ class Parser(argparse.ArgumentParser):
                  part: str = "", written_by: str = "", **options: Any) -> None:
         """A flag for a path: a `kind` of require, or "output", a folder to write to. Its default is
         `part` of the folder that a TRAINML_* variable names. With `nargs` it takes a list."""
-        default = default_path(variable, part) if variable else None
+        default = default_path(variable, *filter(None, [part])) if variable else None
         shown = f" (default: {default.replace('%', '%%')})" if default else ""
         if default and "nargs" in options:
             default = [default]

@@ -245,7 +245,7 @@ def measure_cache(paths: list[Path], args: argparse.Namespace) -> dict[str, int]
 def make_parser() -> cli.Parser:
     parser = cli.Parser(__doc__.splitlines()[0])
     parser.add_path("--data", "-d", kind="folder", help="folder of DICOM files",
-                    variable="TRAINML_DATA_PATH", part=image_folder(cli.default_path("TRAINML_DATA_PATH")),
+                    variable="TRAINML_DATA_PATH", part=image_folder(),
                     written_by="python sample_data.py")
     add, number = parser.add_argument, cli.bounded(1, math.inf, int)
     add("--images", type=number, nargs="+", default=[250],
