@@ -5,10 +5,13 @@ Nothing else here needs matplotlib, which takes half a second to import, so it i
 
 import io
 import math
+import os
+import sys
 from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from cli import atomic_write
+from cli import DISK_ERRORS, atomic_write
 from metrics import CURVE_THRESHOLDS, Evaluation, Thresholds, mean_average_precision
 
 CURVES = {  # of curves.png: {title: {name in the history: label}}
@@ -18,30 +21,59 @@ CURVES = {  # of curves.png: {title: {name in the history: label}}
 GATES = [step / 50 for step in range(51)]
 
 
-def draw_history(folder: Path, history: Sequence[dict[str, float]]) -> None:
-    """Writes folder/curves.png: losses, scores and learning rate over the epochs."""
-    from matplotlib.figure import Figure
+@contextmanager
+def _figure(path, height):
+    """Yields an empty figure, 14 inches wide, which is written to `path` as PNG.
 
-    figure, epochs = Figure((14, 3.4), layout="constrained"), range(1, len(history) + 1)
-    for axes, (title, names) in zip(figure.subplots(1, len(CURVES)), CURVES.items()):
-        for name, label in names.items():
-            values = [scores.get(name, math.nan) for scores in history]
-            axes.plot(epochs, values, marker=".", label=label)
-        axes.set(title=title, xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        axes.legend()
-    _save(figure, folder / "curves.png")
+    It has Matplotlib's default style, whatever a matplotlibrc says. A plot never ends a run: any
+    error but that of a full disk is a warning.
+    """
+    if "matplotlib" not in sys.modules:
+        os.environ["MPLBACKEND"] = "agg"  # a notebook may have left one that is not installed
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            figure, content = Figure((14, height), layout="constrained"), io.BytesIO()
+            yield figure
+            figure.savefig(content, format="png")
+        with atomic_write(path, durable=False) as file:
+            file.write(content.getbuffer())
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise
+        path.unlink(missing_ok=True)  # that of an earlier run
+        print(f"warning: no {path.name}: {' '.join(str(error).split())}")
 
 
-def draw_scores(folder: Path, evaluation: Evaluation, thresholds: Thresholds) -> None:
-    """Writes folder/scores.png: ROC and precision-recall curves, and the score over each threshold,
-    with those in use. The evaluation's box thresholds are that in use and CURVE_THRESHOLDS."""
-    from matplotlib.figure import Figure
+def draw_history(path: Path, history: Sequence[dict[str, float]]) -> None:
+    """Plots losses, scores and learning rate over the epochs."""
+    with _figure(path, 3.4) as figure:
+        epochs = range(1, len(history) + 1)
+        for axes, (title, names) in zip(figure.subplots(1, len(CURVES)), CURVES.items()):
+            for name, label in names.items():
+                values = [scores.get(name, math.nan) for scores in history]
+                axes.plot(epochs, values, marker=".", label=label)
+            axes.set(title=title, xlabel="epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+            axes.legend()
+
+
+def draw_scores(path: Path, evaluation: Evaluation, thresholds: Thresholds) -> None:
+    """Plots ROC and precision-recall curves, and the score over each threshold, with those in use.
+    The evaluation's box thresholds are that in use and CURVE_THRESHOLDS."""
+    with _figure(path, 4) as figure:
+        roc, precision, score = figure.subplots(1, 3)
+        _draw_decision(roc, precision, evaluation, thresholds.gate)
+        _draw_thresholds(score, evaluation, thresholds)
+
+
+def _draw_decision(roc, precision, evaluation, gate):
     from sklearn.metrics import precision_recall_curve, roc_curve
 
-    figure = Figure((14, 4), layout="constrained")
-    roc, precision, score = figure.subplots(1, 3)
-    positive, confidences, gate = evaluation.positive, evaluation.confidences, thresholds.gate
+    positive, confidences = evaluation.positive, evaluation.confidences
     if positive.any() and not positive.all():
         roc.plot(*roc_curve(positive, confidences)[:2])
         above = confidences >= gate
@@ -50,19 +82,14 @@ def draw_scores(folder: Path, evaluation: Evaluation, thresholds: Thresholds) ->
         precision.plot(*precision_recall_curve(positive, confidences)[1::-1])
     roc.set(title="image decision: ROC", xlabel="false positive rate", ylabel="true positive rate")
     precision.set(title="image decision: precision and recall", xlabel="recall", ylabel="precision")
-    scores = [evaluation.scores_at(step, gate) for step in CURVE_THRESHOLDS]
+
+
+def _draw_thresholds(score, evaluation, thresholds):
+    scores = [evaluation.scores_at(step, thresholds.gate) for step in CURVE_THRESHOLDS]
     score.plot(CURVE_THRESHOLDS, [*map(mean_average_precision, scores)], label="box threshold")
     scores = [evaluation.scores_at(thresholds.box, step) for step in GATES]
     score.plot(GATES, [*map(mean_average_precision, scores)], label="gate threshold")
     score.axvline(thresholds.box, color="C0", linestyle="--", label="box threshold in use")
-    score.axvline(gate, color="C1", linestyle="--", label="gate threshold in use")
+    score.axvline(thresholds.gate, color="C1", linestyle="--", label="gate threshold in use")
     score.set(title="RSNA mean average precision", xlabel="threshold")
     score.legend()
-    _save(figure, folder / "scores.png")
-
-
-def _save(figure, path):
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    with atomic_write(path) as file:
-        file.write(content.getbuffer())
