@@ -8,7 +8,6 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from cli import DISK_ERRORS, atomic_write
@@ -21,12 +20,22 @@ CURVES = {  # of curves.png: {title: {name in the history: label}}
 GATES = [step / 50 for step in range(51)]
 
 
-@contextmanager
-def _figure(path, height):
-    """Yields an empty figure, 14 inches wide, which is written to `path` as PNG.
+def draw_history(path: Path, history: Sequence[dict[str, float]]) -> None:
+    """Plots losses, scores and learning rate over the epochs."""
+    _plot(path, 3.4, _draw_epochs, history)
 
-    It has Matplotlib's default style, whatever a matplotlibrc says. A plot never ends a run: any
-    error but that of a full disk is a warning.
+
+def draw_scores(path: Path, evaluation: Evaluation, thresholds: Thresholds) -> None:
+    """Plots ROC and precision-recall curves, and the score over each threshold, with those in use.
+    The evaluation's box thresholds are that in use and CURVE_THRESHOLDS."""
+    _plot(path, 4, _draw_scores, evaluation, thresholds)
+
+
+def _plot(path, height, draw, *values):
+    """Writes as PNG what draw(figure, *values) draws on an empty figure, 14 inches wide.
+
+    The figure has Matplotlib's default style, whatever a matplotlibrc says. A plot never ends a
+    run: any error but that of a full disk is a warning.
     """
     if "matplotlib" not in sys.modules:
         os.environ["MPLBACKEND"] = "agg"  # a notebook may have left one that is not installed
@@ -37,7 +46,7 @@ def _figure(path, height):
         with matplotlib.rc_context():
             matplotlib.rcdefaults()
             figure, content = Figure((14, height), layout="constrained"), io.BytesIO()
-            yield figure
+            draw(figure, *values)
             figure.savefig(content, format="png")
         with atomic_write(path, durable=False) as file:
             file.write(content.getbuffer())
@@ -48,32 +57,22 @@ def _figure(path, height):
         print(f"warning: no {path.name}: {' '.join(str(error).split())}")
 
 
-def draw_history(path: Path, history: Sequence[dict[str, float]]) -> None:
-    """Plots losses, scores and learning rate over the epochs."""
-    with _figure(path, 3.4) as figure:
-        epochs = range(1, len(history) + 1)
-        for axes, (title, names) in zip(figure.subplots(1, len(CURVES)), CURVES.items()):
-            for name, label in names.items():
-                values = [scores.get(name, math.nan) for scores in history]
-                axes.plot(epochs, values, marker=".", label=label)
-            axes.set(title=title, xlabel="epoch")
-            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-            axes.legend()
+def _draw_epochs(figure, history):
+    epochs = range(1, len(history) + 1)
+    for axes, (title, names) in zip(figure.subplots(1, len(CURVES)), CURVES.items()):
+        for name, label in names.items():
+            values = [scores.get(name, math.nan) for scores in history]
+            axes.plot(epochs, values, marker=".", label=label)
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        axes.legend()
 
 
-def draw_scores(path: Path, evaluation: Evaluation, thresholds: Thresholds) -> None:
-    """Plots ROC and precision-recall curves, and the score over each threshold, with those in use.
-    The evaluation's box thresholds are that in use and CURVE_THRESHOLDS."""
-    with _figure(path, 4) as figure:
-        roc, precision, score = figure.subplots(1, 3)
-        _draw_decision(roc, precision, evaluation, thresholds.gate)
-        _draw_thresholds(score, evaluation, thresholds)
-
-
-def _draw_decision(roc, precision, evaluation, gate):
+def _draw_scores(figure, evaluation, thresholds):
     from sklearn.metrics import precision_recall_curve, roc_curve
 
-    positive, confidences = evaluation.positive, evaluation.confidences
+    roc, precision, score = figure.subplots(1, 3)
+    positive, confidences, gate = evaluation.positive, evaluation.confidences, thresholds.gate
     if positive.any() and not positive.all():
         roc.plot(*roc_curve(positive, confidences)[:2])
         above = confidences >= gate
@@ -82,14 +81,11 @@ def _draw_decision(roc, precision, evaluation, gate):
         precision.plot(*precision_recall_curve(positive, confidences)[1::-1])
     roc.set(title="image decision: ROC", xlabel="false positive rate", ylabel="true positive rate")
     precision.set(title="image decision: precision and recall", xlabel="recall", ylabel="precision")
-
-
-def _draw_thresholds(score, evaluation, thresholds):
-    scores = [evaluation.scores_at(step, thresholds.gate) for step in CURVE_THRESHOLDS]
+    scores = [evaluation.scores_at(step, gate) for step in CURVE_THRESHOLDS]
     score.plot(CURVE_THRESHOLDS, [*map(mean_average_precision, scores)], label="box threshold")
     scores = [evaluation.scores_at(thresholds.box, step) for step in GATES]
     score.plot(GATES, [*map(mean_average_precision, scores)], label="gate threshold")
     score.axvline(thresholds.box, color="C0", linestyle="--", label="box threshold in use")
-    score.axvline(thresholds.gate, color="C1", linestyle="--", label="gate threshold in use")
+    score.axvline(gate, color="C1", linestyle="--", label="gate threshold in use")
     score.set(title="RSNA mean average precision", xlabel="threshold")
     score.legend()
