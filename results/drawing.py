@@ -180,7 +180,7 @@ def save_overlay(folder: Path, overlay: Overlay) -> None:
     path = picture_path(folder, overlay.patient_id)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
+        with atomic_write(path, durable=False) as file:  # it can be drawn again
             file.write(content)
     except OSError as error:
         if error.errno in DISK_ERRORS:

@@ -387,7 +387,16 @@ def test_prediction_stops_with_its_readers(phantoms, checkpoint, tmp_path, signu
     assert seconds < STOP_SECONDS and not left
     assert process.returncode == (-9 if signum == signal.SIGKILL else 128 + signum)
     assert "Traceback" not in errors
-    assert signum == signal.SIGKILL or not list(output.rglob(".*"))
+    assert signum == signal.SIGKILL or not list(output.rglob("*.part"))
+    assert list(output.glob(".unfinished-*"))  # the next run goes on
+
+
+def test_results_are_written_though_nobody_reads_the_output(phantoms, checkpoint, tmp_path):
+    process = start("predict.py", "--data", phantoms / "stage_2_test_images", "--model", checkpoint,
+                    "--output", tmp_path)
+    process.stdout.close()  # as `| head` does
+    assert process.stderr.read() == "" and process.wait(STOP_SECONDS) == 0
+    assert len(json.loads((tmp_path / "annotations.json").read_text("utf-8"))) == 4
 
 
 HUNG = """
@@ -439,7 +448,7 @@ def test_files_that_cannot_grow_leave_the_old_ones(
     done = run(script, *flags, preexec_fn=limit_files)
     assert done.returncode == status and "File too large" in only_line(done.stderr)
     assert all((output / name).read_text() == "old" for name in old)
-    assert not list(output.rglob(".*"))
+    assert not list(output.rglob("*.part"))
 
 
 PRIVATE = ["unshare", "--mount", "--map-root-user", "sh", "-ec"]  # what is mounted stays there
@@ -486,7 +495,7 @@ def test_a_full_or_read_only_disk_is_one_line_and_leaves_the_old_files(
     lines = done.stdout.splitlines()
     content, *names = lines[lines.index("old"):]
     assert content == "old" and "output/annotations.json" in names
-    assert not any("/." in name for name in names)
+    assert not any(name.endswith(".part") for name in names)
 
 
 CONTAINER = """
