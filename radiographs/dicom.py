@@ -20,7 +20,7 @@ from .errors import UnreadableImage, add_note, check_size, decoding_errors
 from .greyscale import bit_layout, display_hints, displayed, luminance, unit_range, without_outliers
 from .pictures import SIGNATURES, check_jpeg, grey_jpeg, other_kind, picture_frame
 
-TAGS = ["PatientSex", "PatientAge", "ViewPosition", "Rows", "Columns"]
+TAGS = ["PatientSex", "PatientAge", "ViewPosition", "PatientID", "Rows", "Columns"]
 TAG_NUMBERS = [Tag(name) for name in TAGS]
 PROJECTIONS = {"CR", "DX", "DR", "RG", "RF", "XA"}  # values of Modality; some others are used, too
 PROJECTION_CLASSES = "X-Ray", "Radiography", "Secondary Capture"  # in names of SOP classes

@@ -14,7 +14,7 @@ import parallel
 import train
 from dataset import PneumoniaDataset
 from engine import evaluate, train_one_epoch
-from model import choose_runtime, load_checkpoint
+from model import load_checkpoint
 
 # at the default rate 20 steps amplify the last bits of a sum in another order to 4e-4
 FLAGS = ["--optimizer", "sgd", "--lr", "0.01", "--width", "4", "--rescale-factor", "16",
@@ -28,24 +28,24 @@ class Batches(list):
 
 def build_training(start, batches, runtime):
     """A training from the start weights on batches that are augmented already."""
-    args, _, _ = train.parse_args(FLAGS)
+    args = train.parse_args(FLAGS)
     training = train.build_training(load_checkpoint(start)[0], batches, args, runtime)
     training.augmentation = lambda images, masks: (images, masks)
     return training
 
 
 def open_study(path):
-    """The data set of a file of paths and boxes."""
+    """The data set of a file of paths and labels."""
     study = torch.load(path, weights_only=False)
-    return PneumoniaDataset(study["files"], study["boxes"], rescale_factor=16)
+    return PneumoniaDataset(study["files"], study["labels"], side=64)
 
 
 def main(folder):
-    runtime = parallel.join(choose_runtime("cpu", "fp32"))
+    runtime = parallel.join("cpu", "fp32")
     dataset = parallel.once(lambda: open_study(folder / "study.pt"), runtime)
     start = folder / "start.pth.tar"
-    evaluation = evaluate(load_checkpoint(start)[0], dataset, range(len(dataset)), runtime,
-                          [0.04, 0.05], batch_size=3)
+    evaluation = evaluate(load_checkpoint(start)[0], dataset, range(len(dataset)),
+                          [0.04, 0.05], runtime=runtime, batch_size=3)
     images, masks = torch.load(folder / "batches.pt")  # (steps, parts, B, 1, S, S)
     own = Batches(zip(images[:, runtime.rank], masks[:, runtime.rank]))
     training, losses = build_training(start, own, runtime), []

@@ -8,7 +8,7 @@ import torch
 import train
 from cli import InputError
 from engine import check_losses, combined_loss, evaluate, training_loader
-from metrics import Thresholds, average_precision_image, choose_thresholds, find_boxes, summarize
+from metrics import Thresholds, average_precision_image, choose_thresholds, find_boxes
 from model import PneumoniaUNET, choose_runtime
 from results import overlays
 
@@ -19,7 +19,7 @@ STEPS = 5  # of an epoch
 # Batches
 
 
-def test_the_loader_deals_out_whole_batches_of_training_images(labelled):
+def test_the_loader_yields_whole_batches_of_training_images(labelled):
     args, dataset, parts = labelled
     loader = training_loader(dataset, parts["training"], args.batch_size, CPU)
     batches = list(loader)
@@ -60,7 +60,7 @@ def build(args):
 @pytest.fixture
 def begun():
     """Arguments of a run and its state after two epochs."""
-    args, *_ = train.parse_args(["--optimizer", "adagrad", "--width", "4"])
+    args = train.parse_args(["--optimizer", "adagrad", "--width", "4"])
     training = build(args)
     training.optimizer.step()
     training.scheduler.step()
@@ -165,18 +165,18 @@ def scored(labelled):
     _, dataset, parts = labelled
     model, indices, thresholds = Brightness(), parts["training"], Thresholds(0.3, 0.5)
     some = indices[::2]
-    for index, overlay in zip(some, overlays(model, dataset, some, CPU, thresholds)):
+    for index, overlay in zip(some, overlays(model, dataset, some, thresholds, runtime=CPU)):
         dataset.boxes[index] = overlay.boxes  # these agree with the model at these thresholds
-    evaluation = evaluate(model, dataset, indices, CPU, [0.2, thresholds.box])
+    evaluation = evaluate(model, dataset, indices, [0.2, thresholds.box], runtime=CPU)
     drawn = [average_precision_image(overlay.boxes, overlay.confidences, overlay.truth)
-             for overlay in overlays(model, dataset, indices, CPU, thresholds)]
+             for overlay in overlays(model, dataset, indices, thresholds, runtime=CPU)]
     assert 0.1 < np.nanmean(drawn) < 1 and np.isnan(drawn).any()
     return evaluation, drawn
 
 
 def test_scores_of_one_pass_are_those_of_the_boxes_that_are_drawn(scored):
     evaluation, drawn = scored
-    figures = summarize(evaluation, Thresholds(0.3, 0.5))
+    figures = evaluation.summarize(Thresholds(0.3, 0.5))
     assert figures["rsna"] == pytest.approx(np.nanmean(drawn))
     assert figures["total"] == pytest.approx(np.nansum(drawn) / len(drawn))
 
@@ -194,7 +194,7 @@ def test_an_evaluation_holds_every_image_in_order(scored, labelled):
 def test_batch_size_does_not_change_scores(labelled, batch_size):
     _, dataset, parts = labelled
     one, other = (
-        evaluate(Brightness(), dataset, parts["training"], CPU, [0.3], batch_size=size)
+        evaluate(Brightness(), dataset, parts["training"], [0.3], runtime=CPU, batch_size=size)
         for size in (36, batch_size))
     np.testing.assert_allclose(one.confidences, other.confidences, rtol=1e-5)
     np.testing.assert_allclose(one.scores, other.scores)
@@ -211,9 +211,9 @@ class Blind(torch.nn.Module):
 
 def test_where_nothing_scores_the_defaults_stay_and_the_log_says_why(labelled):
     args, dataset, parts = labelled
-    blind = partial(evaluate, Blind(), dataset, parts["validation"], CPU)
+    blind = partial(evaluate, Blind(), dataset, parts["validation"], runtime=CPU)
     thresholds = choose_thresholds(blind, train.build_thresholds(args))
-    assert thresholds[:2] == Thresholds()[:2]
+    assert (thresholds.box, thresholds.gate) == (Thresholds().box, Thresholds().gate)
     assert "defaults; a search on 4 images proved nothing better" in str(thresholds)
 
 
@@ -227,4 +227,4 @@ class Lost(torch.nn.Module):
 def test_a_validation_loss_that_is_not_finite_is_refused(labelled):
     _, dataset, parts = labelled
     with pytest.raises(InputError, match="the validation loss is nan.*--learning-rate"):
-        evaluate(Lost(), dataset, parts["validation"], CPU, [0.5])
+        evaluate(Lost(), dataset, parts["validation"], [0.5], runtime=CPU)

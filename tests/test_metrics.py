@@ -295,12 +295,12 @@ def test_thresholds_print_their_values_and_source():
 
 def test_a_gate_takes_the_boxes_of_the_images_below_it(separable):
     def score(gate):
-        return metrics.summarize(separable, Thresholds(0.5, gate))["rsna"]
+        return separable.summarize(Thresholds(0.5, gate))["rsna"]
     assert score(0) == pytest.approx(0.3) and score(0.5) == pytest.approx(0.6) and score(0.71) == 0
 
 
 def test_figures_are_those_of_the_box_threshold_in_use(separable):
-    assert metrics.summarize(separable, Thresholds(27 / 60, gate=0.5))["rsna"] == 0
+    assert separable.summarize(Thresholds(27 / 60, gate=0.5))["rsna"] == 0
 
 
 def test_the_standard_error_is_that_of_a_mean():
@@ -317,12 +317,12 @@ def test_auc_within_views_does_not_reward_knowing_the_view():
     confidences = np.where(views == "AP", 0.9, 0.1)
     scores = np.zeros((200, 1))
     by_view_alone = metrics.Evaluation(0.0, [0.5], confidences, positive, views, scores)
-    figures = metrics.summarize(by_view_alone, Thresholds(0.5, gate=0))
+    figures = by_view_alone.summarize(Thresholds(0.5, gate=0))
     assert figures["auc"] > 0.7 and figures["auc_AP"] == figures["auc_PA"] == 0.5
 
 
 def test_score_lines_end_in_the_lines_of_the_tutorial(separable):
-    lines = metrics.score_lines(metrics.summarize(separable, Thresholds(0.5, gate=0.5)), 40)
+    lines = metrics.score_lines(separable.summarize(Thresholds(0.5, gate=0.5)), 40)
     assert lines == ["Image ROC AUC: 1.0000",
                      "Standard error of the RSNA mAP: 0.0000 (bootstrap over 40 images)",
                      "RSNA Mean Average Precision: 0.6000", "Total Average Precision: 0.3000"]

@@ -16,14 +16,17 @@ import torch
 from conftest import ROOT, SMALL
 from torch.utils.data import WeightedRandomSampler
 
+import cli
 import parallel
 import predict
 import train
+from data_processing import Labels
 from dataset import Augmentation, PneumoniaDataset
 from engine import Training, combined_loss, evaluate
 from model import PneumoniaUNET, choose_runtime, load_checkpoint, save_checkpoint
 from radiographs.files import find_dicom_files
 
+pytestmark = pytest.mark.linux
 CPU = choose_runtime("cpu", "fp32")
 STEPS, SIDE = 20, 64
 
@@ -93,7 +96,7 @@ def test_shares_follow_one_another_and_are_the_whole(count):
 
 def test_a_data_set_given_to_another_process_reads_the_same_images(phantoms):
     files, _ = find_dicom_files(phantoms / "stage_2_test_images")
-    dataset = PneumoniaDataset(files, {key: [] for key in files}, rescale_factor=16)
+    dataset = PneumoniaDataset(files, Labels(dict.fromkeys(files, ())), side=64)
     copy = pickle.loads(pickle.dumps(dataset))
     indices = list(range(len(dataset)))
     assert torch.equal(copy[indices][0], dataset[indices][0])
@@ -124,15 +127,17 @@ def test_a_machine_does_not_open_the_data_set_of_another(monkeypatch):
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
+    monkeypatch.setattr(parallel, "choose_runtime",
+                        lambda *_: CPU._replace(device=torch.device("cuda")))
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("RANK", "0")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(parallel.InputError, match="processes: 2, GPUs: 1; lower --nproc"):
-        parallel.join(CPU._replace(device=torch.device("cuda")))
+    with pytest.raises(cli.InputError, match="processes: 2, GPUs: 1; lower --nproc"):
+        parallel.join("cuda", "fp32")
 
 
 JOIN = """
-import cli, model, parallel
-cli.run(lambda: parallel.join(model.choose_runtime("cpu", "fp32")))
+import parallel
+parallel.run(lambda: parallel.join("cpu", "fp32"))
 """
 
 
@@ -181,7 +186,8 @@ def study(phantoms, tmp_path_factory):
     files = dict(list(files.items())[:10])
     boxes = {key: [[300, 300, 200, 300]] if index % 2 else []
              for index, key in enumerate(files)}
-    torch.save({"files": files, "boxes": boxes}, folder / "study.pt")
+    labels = Labels(boxes)
+    torch.save({"files": files, "labels": labels}, folder / "study.pt")
     return folder
 
 
@@ -230,7 +236,7 @@ def test_all_processes_end_an_epoch_with_the_same_weights_and_statistics(several
 def test_processes_score_each_image_as_one_does(several, study):
     dataset = scale_worker.open_study(study / "study.pt")
     model, _ = load_checkpoint(study / "start.pth.tar")
-    alone = evaluate(model, dataset, range(len(dataset)), CPU, [0.04, 0.05], batch_size=3)
+    alone = evaluate(model, dataset, range(len(dataset)), [0.04, 0.05], runtime=CPU, batch_size=3)
     for ours, theirs in zip(alone, several[1]["evaluation"], strict=True):
         assert np.array_equal(ours, theirs, equal_nan=np.asarray(ours).dtype.kind == "f")
 

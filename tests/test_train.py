@@ -14,14 +14,21 @@ from conftest import SMALL, assert_same_weights
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import engine
 import train
 from cli import InputError
+from engine import Start
 from metrics import Thresholds
 from model import PneumoniaUNET, load_checkpoint, save_checkpoint
 from radiographs import readers
-from results.records import METRIC_NAMES, Records
+from results.records import Records
 
 CONTINUED = ("last.pth.tar", "loss.best.pth.tar", "prec.best.pth.tar")  # what a run continues from
+
+
+def parse(argv):
+    """The flags of a run, as main takes them."""
+    return train.parse_args(argv, Start.of_file(train.make_parser().parse_args(argv).checkpoint))
 
 
 # Whole runs
@@ -154,10 +161,10 @@ def test_a_stopped_run_continues_to_the_same_end(finished, start, tmp_path, monk
 
 def test_a_stopped_run_prints_the_command_that_continues_it_with_all_its_paths(
         start, tmp_path, phantoms, train_csv, monkeypatch):
-    monkeypatch.setattr(train, "hand_over", interrupt)
+    monkeypatch.setattr(Records, "finish", interrupt)
     _, lines = start(tmp_path / "my run", "--epochs", "1")
     start_of_line, command = lines[-1].split("python train.py ")
-    args, *_ = train.parse_args(shlex.split(command))
+    args = parse(shlex.split(command))
     assert start_of_line == "continue with: "
     assert args.checkpoint == str(tmp_path / "my run" / "last.pth.tar")
     assert (args.data, args.labels, args.save) == tuple(map(str, (
@@ -217,16 +224,18 @@ def test_a_continued_run_warns_if_its_data_have_changed(
 
 def test_a_warm_start_from_a_finished_run_trains_all_its_epochs(finished, start, tmp_path):
     save, *_ = finished
-    figures, _ = start(tmp_path, "--checkpoint", save / "final.pth.tar", "--epochs", "1")
-    assert len(figures["history"]) == 1
-    with pytest.raises(AssertionError):
-        assert_same_weights(tmp_path / "final.pth.tar", save / "final.pth.tar")
+    figures, _ = start(tmp_path, "--checkpoint", save / "final.pth.tar", "--epochs", "1",
+                       "--optimizer", "sgd", "--lr", "0.01", "--no-save-images")
+    assert len(figures["history"]) == 1 and figures["arguments"]["optimizer"] == "sgd"
+    began, ended = (load_checkpoint(folder / "final.pth.tar")[0] for folder in (save, tmp_path))
+    change = [(a - b).abs().max() for a, b in zip(began.parameters(), ended.parameters())]
+    assert 0 < max(change) < 0.3  # trained on from there, and not from new random weights
 
 
 def test_a_batch_larger_than_the_set_counts_the_images_that_are_there(
         start, tmp_path, monkeypatch):
     clock = SimpleNamespace(monotonic=itertools.count().__next__)  # an epoch takes a second
-    monkeypatch.setattr(train, "time", clock)
+    monkeypatch.setattr(engine, "time", clock)
     _, lines = start(tmp_path, "--batch-size", "64", "--epochs", "1", "--no-save-images")
     [epoch] = [line for line in lines if line.startswith("epoch 1/1")]
     assert epoch.endswith(" 36.0 images/s")
@@ -247,7 +256,7 @@ def test_a_fold_is_trained_without_and_scored_alone(start, tmp_path):
 
 
 def test_learning_rate_in_log_and_metrics_is_the_value_used(start, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "fit", lambda setup, *_: None)
+    monkeypatch.setattr(train, "fit", lambda *_: None)
     figures, lines = start(tmp_path, "--optimizer", "sgd")
     assert figures["arguments"]["learning_rate"] == 0.05 and "learning_rate=0.05" in lines[0]
 
@@ -258,12 +267,10 @@ def test_an_internal_error_leaves_out_its_image_and_ends_with_status_1(
 
     def read(path, side, display_size, load=readers.read_radiograph):
         return load(path, side if path != broken else None)  # a mistake of ours
-    figures = dict.fromkeys(METRIC_NAMES, 0.5)
     monkeypatch.setattr(readers, "read_radiograph", read)
     monkeypatch.setattr(train, "fit", lambda *_: None)
-    monkeypatch.setattr(train, "hand_over", lambda *_: (Thresholds(), figures))
     assert train.main(["--data", str(broken.parent), "--labels", str(train_csv),
-                       "--save", str(tmp_path), *SMALL]) == 1
+                       "--save", str(tmp_path), *SMALL, "--no-save-images"]) == 1
     output = capfd.readouterr()
     assert output.err.count("Traceback") == 1
     assert f"{broken} was not read because of an internal error" in output.out
@@ -280,7 +287,7 @@ def test_an_internal_error_leaves_out_its_image_and_ends_with_status_1(
     ["--optimizer", "sgd"], ["--optimizer", "adagrad", "--lr", "0.1"]])
 def test_every_optimizer_steps_and_every_flag_of_it_acts(flags):
     extra = ["--momentum", "0.5"] if "sgd" in flags else ["--eps", "0.01"]
-    args, *_ = train.parse_args([*flags, "--weight-decay", "0.1", *extra])
+    args = parse([*flags, "--weight-decay", "0.1", *extra])
     model = torch.nn.Linear(2, 1)
     before = model.weight.clone()
     optimizer, scheduler = train.build_optimizer(model, args, total_steps=20)
@@ -293,7 +300,7 @@ def test_every_optimizer_steps_and_every_flag_of_it_acts(flags):
 
 
 def test_learning_rate_warms_up_and_decays_to_the_given_share():
-    args, *_ = train.parse_args(["--lr", "0.5", "--lrd", "0.2"])
+    args = parse(["--lr", "0.5", "--lrd", "0.2"])
     optimizer, scheduler = train.build_optimizer(torch.nn.Linear(1, 1), args, total_steps=100)
     rates = []
     for _ in range(100):
@@ -308,12 +315,17 @@ def test_learning_rate_warms_up_and_decays_to_the_given_share():
     ("adamw", "cpu", True), ("adagrad", "cpu", True), ("adamax", "cpu", False),
     ("adamw", "meta", False)])
 def test_an_optimizer_is_fused_where_pytorch_has_that_form(optimizer, device, fused):
-    args, *_ = train.parse_args(["--optimizer", optimizer])
+    args = parse(["--optimizer", optimizer])
     built, _ = train.build_optimizer(torch.nn.Linear(1, 1, device=device), args, total_steps=1)
     assert bool(built.defaults.get("fused")) == fused
 
 
 # Flags
+
+
+def test_the_help_of_a_switch_shows_its_default_once():
+    text = " ".join(train.make_parser().format_help().split())
+    assert "at the end (default: on) --train" in text and "(default: True)" not in text
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -326,7 +338,7 @@ def test_an_optimizer_is_fused_where_pytorch_has_that_form(optimizer, device, fu
 ])
 def test_flags_that_cannot_act_are_refused(argv, message):
     with pytest.raises(InputError, match=message):
-        train.parse_args(argv)
+        parse(argv)
 
 
 def test_a_missing_table_is_named_with_the_script_that_writes_one(tmp_path, monkeypatch):
@@ -341,13 +353,13 @@ def test_a_missing_table_is_named_with_the_script_that_writes_one(tmp_path, monk
     ["--rf", "3"], ["--optimizer", "lion"], ["--seed", "-1"], ["--seed", "1000000001"]])
 def test_values_out_of_range_are_refused(flags):
     with pytest.raises(InputError, match=flags[0]):
-        train.parse_args(flags)
+        parse(flags)
 
 
 @pytest.fixture
 def stopped(tmp_path):
     """Flags that continue a run which was stopped."""
-    args, *_ = train.parse_args(["--optimizer", "sgd", "--lr", "0.2", "--rf", "8",
+    args = parse(["--optimizer", "sgd", "--lr", "0.2", "--rf", "8",
                                  "--data", "old"])
     save_checkpoint(tmp_path / "last.pth.tar", PneumoniaUNET(patch_size=2), optimizer={},
                     history=[{}, {}], args=vars(args))
@@ -355,54 +367,70 @@ def stopped(tmp_path):
 
 
 def test_a_continued_run_keeps_its_flags(stopped):
-    args, *_ = train.parse_args([*stopped, "--epochs", "7"])
+    args = parse([*stopped, "--epochs", "7"])
     assert (args.optimizer, args.learning_rate, args.rescale_factor) == ("sgd", 0.2, 8)
     assert args.epochs == 7
 
 
 def test_a_continued_run_does_not_keep_its_folders(stopped):
-    assert train.parse_args(stopped)[0].data == train.parse_args([])[0].data
+    assert parse(stopped).data == parse([]).data
 
 
 def test_a_continued_run_refuses_another_recipe(stopped):
     with pytest.raises(InputError, match="--learning-rate 0.3: the run to continue has 0.2"):
-        train.parse_args([*stopped, "--lr", "0.3"])
+        parse([*stopped, "--lr", "0.3"])
 
 
 def test_a_continued_run_refuses_fewer_epochs_than_it_has_done(stopped):
     with pytest.raises(InputError, match="--epochs 1: the run to continue has done 2; give 2"):
-        train.parse_args([*stopped, "--epochs", "1"])
+        parse([*stopped, "--epochs", "1"])
 
 
 def warm_start(tmp_path, model, *flags):
     save_checkpoint(tmp_path / "w.pth.tar", model)
-    args, model, state = train.parse_args(["--checkpoint", str(tmp_path / "w.pth.tar"), *flags])
-    return train.build_model(args, model), state
+    argv = ["--checkpoint", str(tmp_path / "w.pth.tar"), *flags]
+    return Start.of_file(argv[1]), parse(argv)
 
 
-def test_a_warm_start_takes_weights_alone(tmp_path):
+def test_a_warm_start_takes_the_weights_and_continues_nothing(tmp_path):
     given = PneumoniaUNET(alpha_leaky=0.1)
-    model, state = warm_start(tmp_path, given, "--alpha-leaky", "0.1")
-    assert model.config == given.config and state == {}
-    assert torch.equal(model.up_1[1].conv.weight, given.up_1[1].conv.weight)
+    start, _ = warm_start(tmp_path, given)
+    assert start.model.config == given.config and not start.continues
+    assert torch.equal(start.model.up_1[1].conv.weight, given.up_1[1].conv.weight)
+
+
+NETWORK = {"width": 4, "alpha_leaky": 0.1, "bn_eps": 0.001, "bn_momentum": 0.2}
+
+
+def test_a_warm_start_inherits_the_flags_of_its_network(tmp_path):
+    save_checkpoint(tmp_path / "w.pth.tar", PneumoniaUNET(**NETWORK), rescale_factor=8)
+    args = vars(parse(["--checkpoint", str(tmp_path / "w.pth.tar")]))
+    expected = NETWORK | {"rescale_factor": 8}
+    assert {name: args[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("flag, value, message", [
+    ("--width", "8", "has width 4: give --width 4"),
+    ("--alpha-leaky", "0.3", "has alpha_leaky 0.1: give --alpha-leaky 0.1"),
+    ("--bn-eps", "1", "has bn_eps 0.001: give --bn-eps 0.001"),
+    ("--bn-momentum", "1", "has bn_momentum 0.2: give --bn-momentum 0.2"),
+    ("--rescale-factor", "4", "has rescale_factor 8: give --rescale-factor 8")])
+def test_a_warm_start_refuses_flags_of_another_network(tmp_path, flag, value, message):
+    save_checkpoint(tmp_path / "w.pth.tar", PneumoniaUNET(**NETWORK), rescale_factor=8)
+    with pytest.raises(InputError, match=message):
+        parse(["--checkpoint", str(tmp_path / "w.pth.tar"), flag, value])
+
+
+def test_a_warm_start_takes_another_recipe_than_its_network_was_trained_with(tmp_path):
+    save_checkpoint(tmp_path / "w.pth.tar", PneumoniaUNET(), history=[{}, {}],
+                    args=vars(parse(["--optimizer", "adamw", "--epochs", "2"])))
+    args = parse(["--checkpoint", str(tmp_path / "w.pth.tar"), "--optimizer", "sgd",
+                  "--epochs", "1"])
+    assert (args.optimizer, args.epochs) == ("sgd", 1)
 
 
 def test_a_warm_start_keeps_the_patches_of_its_network(tmp_path):
-    assert warm_start(tmp_path, PneumoniaUNET(patch_size=2))[0].patch_size == 2
-
-
-def test_a_warm_start_keeps_the_width_of_its_network(tmp_path):
-    assert warm_start(tmp_path, PneumoniaUNET(width=4))[0].config["width"] == 4
-
-
-def test_a_warm_start_refuses_another_width(tmp_path):
-    with pytest.raises(InputError, match="has width 4: give --width 4"):
-        warm_start(tmp_path, PneumoniaUNET(width=4), "--width", "8")
-
-
-def test_a_warm_start_refuses_flags_of_another_network(tmp_path):
-    with pytest.raises(InputError, match="give --alpha-leaky 0.1"):
-        warm_start(tmp_path, PneumoniaUNET(alpha_leaky=0.1))
+    assert warm_start(tmp_path, PneumoniaUNET(patch_size=2))[0].model.patch_size == 2
 
 
 def test_a_warm_start_refuses_images_too_small_for_its_network(tmp_path):
@@ -422,9 +450,9 @@ def test_a_warm_start_refuses_one_image_of_so_few_patches_that_batchnorm_has_one
     (["--bt", "0.4"], Thresholds(0.4, 0.8, "given by flags")),
     (["--gt", "0"], Thresholds(0.5, 0, "given by flags"))])
 def test_thresholds_are_those_of_the_flags(flags, thresholds):
-    assert train.build_thresholds(train.parse_args(flags)[0]) == thresholds
+    assert train.build_thresholds(parse(flags)) == thresholds
 
 
 def test_debug_shortens_a_run_and_leaves_the_search_out():
-    args, *_ = train.parse_args(["--debug", "--epochs", "9", "--train-threshold"])
+    args = parse(["--debug", "--epochs", "9", "--train-threshold"])
     assert args.epochs == train.DEBUG_EPOCHS and not args.train_threshold

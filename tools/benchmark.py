@@ -40,6 +40,7 @@ from dataset import PneumoniaDataset
 from engine import train_one_epoch, training_loader
 from model import PneumoniaUNET, Runtime, choose_runtime
 from radiographs import find_dicom_files, read_header, read_radiograph
+from release import image_folder
 from results import (
     IMAGE_SIZE,
     Overlay,
@@ -257,7 +258,8 @@ def measure_cache(paths: list[Path], *, rescale_factor: int, workers: int,
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data", "-d", default=cli.default_path("TRAINML_DATA_PATH", cli.TRAIN_IMAGES),
+    data = cli.default_path("TRAINML_DATA_PATH")
+    add("--data", "-d", default=cli.default_path("TRAINML_DATA_PATH", image_folder(data)),
         help="folder of DICOM files (default: %(default)s)")
     add("--images", type=cli.bounded(1, math.inf, int), nargs="+", default=[250],
         help="number of images, a table for each; files are repeated as needed (default: 250)")

@@ -1,46 +1,49 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cli import InputError
-from metrics import Thresholds
-from model import PneumoniaUNET
+from metrics import Evaluation, Thresholds
+from model import PneumoniaUNET, choose_runtime
 from results import records
-from results.records import Records, check_disk
+from results.records import Records
 
 
 def training(steps_done, history=()):
     """What Records takes of a training."""
-    return SimpleNamespace(history=list(history),
+    return SimpleNamespace(history=list(history), model=PneumoniaUNET(width=2),
+                           runtime=choose_runtime("cpu", "fp32"),
                            scheduler=SimpleNamespace(last_epoch=steps_done))
+
+
+IMAGES = SimpleNamespace(patient_ids=["a", "b", "c", "d"], skipped=[])
+BEFORE = {"training": [0, 1], "validation": [2]}
 
 
 def test_too_little_room_for_checkpoints_is_found_out_before_training(tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 5_000_000})
     monkeypatch.setattr(records.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(InputError, match="5 MB left.*--save"):
-        check_disk(tmp_path, PneumoniaUNET())
+        Records.check_disk(tmp_path, PneumoniaUNET())
 
 
 @pytest.mark.parametrize("steps_done, kept", [(0, []), (2, [1, 2])])
 def test_tensorboard_keeps_the_steps_that_are_done_and_no_other(tmp_path, steps_done, kept):
     for done, steps in ((0, 3), (steps_done, 1)):
-        with Records(tmp_path, {}, training(done)) as run:
+        with Records(tmp_path, {}, training(done), IMAGES, BEFORE) as run:
             run.log_steps(done + steps, [0.5] * steps, 0.1)
     events = EventAccumulator(str(tmp_path / "logs")).Reload()
     assert [event.step for event in events.Scalars("steps/loss")] == [*kept, steps_done + 1]
 
 
-IMAGES = SimpleNamespace(patient_ids=["a", "b", "c", "d"])
-BEFORE = {"training": [0, 1], "validation": [2]}
-
-
 def begin(folder, parts, history=()):
     """Begins a run, which continues the one in its folder if there is a history."""
-    with Records(folder, {"checkpoint": folder / "last.pth.tar"}, training(0, history)) as run:
-        run.begin(IMAGES, parts)
+    settings = {"checkpoint": folder / "last.pth.tar"}
+    with Records(folder, settings, training(0, history), IMAGES, parts):
+        pass
 
 
 def test_a_new_run_says_nothing_of_a_split(tmp_path, capsys):
@@ -64,10 +67,13 @@ def test_a_run_that_continues_with_other_data_tells_which_images_changed_their_p
 
 
 def test_metrics_without_a_value_are_null_since_json_has_no_nan(tmp_path):
-    arguments = dict.fromkeys(records.COMPARED, 1)
-    figures = dict.fromkeys(records.METRIC_NAMES, 0.5) | {"auc": float("nan")}
-    with Records(tmp_path, arguments, training(1, [{"loss": 0.5, "auc": float("nan")}])) as run:
-        run.finish(figures, Thresholds(), {"scored_images": 1}, {})
+    settings = dict.fromkeys(records.COMPARED, 1) | {
+        "checkpoint": str(tmp_path / "last.pth.tar"), "save_images": False, "workers": 1}
+    without_negatives = Evaluation(0.5, Thresholds().and_curve(), np.ones(2), np.ones(2, bool),
+                                   np.full(2, ""), np.zeros((2, len(Thresholds().and_curve()))))
+    before = training(1, [{"loss": 0.5, "auc": float("nan")}])
+    with Records(tmp_path, settings, before, IMAGES, BEFORE) as run:
+        run.finish(without_negatives, Thresholds(), [], [0, 1, 2])
     text = (tmp_path / "metrics.json").read_text()
     assert "NaN" not in text and json.loads(text)["history"] == [{"loss": 0.5, "auc": None}]
     assert json.loads(text)["image_roc_auc"] is None
