@@ -194,7 +194,7 @@ def _note_view(header):
     view, part = header["ViewPosition"], header["BodyPartExamined"]
     if view and not any(word in view for word in ("AP", "PA", "ANTERO", "POSTERO")):
         add_note(f"has the view position {view}, not AP or PA")
-    if part and not any(word in part for word in ("CHEST", "THORA", "LUNG")):
+    if part and not any(word in part for word in ("CHEST", "THORA", "LUNG", "BODY")):
         add_note(f"shows the body part {part}, not the chest")
     orientation = header["PatientOrientation"].split("\\")
     if len(orientation) == 2 and [end[:1] for end in orientation] != ["L", "F"]:

@@ -51,9 +51,9 @@ def picture_frame(content: bytes) -> Image.Image:
         check_size(*image.size, pages)
         if content.startswith(JPEG):
             check_jpeg(content)
-        has_deep_samples = image.mode in ("RGB", "RGBA") and "16" in str(image.tile[0].args)
+        is_deep_colour = _is_deep_colour(image)
         pixels = _load(image)
-        if has_deep_samples:
+        if is_deep_colour:
             image, _ = _open(content)
             image.tile = [tile._replace(args=_low_bytes(tile.args)) for tile in image.tile]
             pixels = pixels.astype(np.uint16) << 8 | _load(image)
@@ -106,6 +106,19 @@ def _open(content):
             whole.append(number)
     image.seek(whole[0] if whole else sizes.index(max(sizes)))
     return image, len(whole)
+
+
+def _is_deep_colour(image):
+    """Whether several samples of 16 bits make up a pixel, of which Pillow keeps the high bytes.
+    Refuses arrangements whose low bytes cannot be had either."""
+    if image.format == "TIFF":
+        bits = image.tag_v2.get(258, (1,))
+        is_deep = len(bits) > 1 and max(bits) > 8
+        if is_deep and (image.mode not in ("RGB", "RGBA") or image.tag_v2.get(284, 1) != 1):
+            raise UnreadableImage("holds samples of 16 bits in an arrangement that cannot be read: "
+                                  "save it as a grey PNG of 16 bits")
+        return is_deep
+    return image.mode in ("RGB", "RGBA") and "16" in str(image.tile[0].args)
 
 
 def _low_bytes(args):
