@@ -64,7 +64,8 @@ def load_and_prepare_image(
     Returns the image, float32 (side, side), scaled to 0..1 by its own range (a constant image gives
     zeros) with air dark (MONOCHROME2), and its original size (height, width) in pixels. Raises
     UnreadableImage with the reason; warns with ImageWarning if the image is constant, was in
-    colour, or part of the file was ignored or is in doubt.
+    colour, has outliers or, by its header, shows something else than a frontal chest, or if part of
+    the file was ignored or is in doubt.
     """
     return _prepare(path, side)[:2]
 

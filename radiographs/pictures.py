@@ -40,7 +40,7 @@ def other_kind(start: bytes) -> str:
 
 def picture_frame(content: bytes) -> Image.Image:
     """First frame of a PNG, JPEG or TIFF file as a Pillow image `F` in 0..1, upright, without
-    alpha. Its metadata but for the orientation do not matter, however broken."""
+    alpha. Of its metadata only EXIF's orientation matters, and the rest may be broken."""
     with decoding_errors():
         is_grey_with_alpha = content.startswith(PNG) and content[24:26] == b"\x10\x04"
         if content.startswith(PNG):
@@ -55,7 +55,7 @@ def picture_frame(content: bytes) -> Image.Image:
         pixels = _load(image)
         if is_deep_colour:
             image, _ = _open(content)
-            image.tile = [tile._replace(args=_low_bytes(tile.args)) for tile in image.tile]
+            image.tile = [_low_bytes(tile) for tile in image.tile]
             pixels = pixels.astype(np.uint16) << 8 | _load(image)
         elif is_grey_with_alpha:  # four bytes, of which the first two are the grey value
             pixels = pixels[..., 0].astype(np.uint16) << 8 | pixels[..., 1]
@@ -121,13 +121,12 @@ def _is_deep_colour(image):
     return image.mode in ("RGB", "RGBA") and "16" in str(image.tile[0].args)
 
 
-def _low_bytes(args):
-    """A tile's arguments with the layout of samples that makes Pillow keep the low byte of 16 bits
-    instead of the high one."""
-    layout, *others = [args] if isinstance(args, str) else args
+def _low_bytes(tile):
+    """The tile with the layout of samples of which Pillow keeps the low byte of 16 bits instead of
+    the high one."""
+    layout, *others = tile.args if isinstance(tile.args, tuple) else (tile.args,)
     mode, _, kind = layout.partition(";")
-    layout = f"{mode};{LOW_BYTES[kind]}"
-    return (layout, *others) if others else layout
+    return tile._replace(args=(f"{mode};{LOW_BYTES[kind]}", *others))
 
 
 def _load(image):
