@@ -8,6 +8,7 @@ A display hint that cannot be used is ignored with an ImageWarning.
 from typing import NamedTuple
 
 import numpy as np
+from pydicom.tag import Tag
 
 from .errors import add_note
 
@@ -67,13 +68,14 @@ HINTS = {
     "VOILUTSequence": _table, "WindowCenter": _numbers, "WindowWidth": _numbers,
     "VOILUTFunction": _word, "PixelPaddingValue": _number, "PixelPaddingRangeLimit": _number,
 }
+HINT_TAGS = {keyword: Tag(keyword) for keyword in HINTS}  # looked up once, not for every file
 
 
 def display_hints(dataset) -> dict:
     """The display hints that a pydicom dataset has, by keyword: finite numbers, words, lists of
     numbers for windows, and tables as (entries, first value mapped); None where one cannot be
     used."""
-    present = [keyword for keyword in HINTS if keyword in dataset]
+    present = [keyword for keyword, tag in HINT_TAGS.items() if tag in dataset]
     return {keyword: HINTS[keyword](dataset, keyword) for keyword in present}
 
 
@@ -233,13 +235,13 @@ def without_outliers(pixels: np.ndarray) -> np.ndarray:
     """The pixels as they are or, if half of their range or more belongs to FEW of them at an end,
     such as hot pixels and burned-in letters, with these cut to the range of the others.
 
-    In the challenge's images, all values lie within 1.93 times the range of the middle 98 %.
+    In 2,574 images of the challenge, the range is 1.93 times that of the middle 98 % at most.
     """
     values = pixels[np.isfinite(pixels)] if pixels.dtype.kind == "f" else pixels.ravel()
     if not values.size:
         return pixels
-    sample = values[::values.size // 4096 | 1]  # not in step with the columns
-    low, high = np.percentile(sample, (100 * FEW, 100 * (1 - FEW)))
+    sample = np.sort(values[::values.size // 2048 | 1])  # odd, so not in step with the columns
+    low, high = (float(sample[round(share * (sample.size - 1))]) for share in (FEW, 1 - FEW))
     span, lowest, highest = high - low, float(values.min()), float(values.max())
     if span == 0 or highest - lowest <= 2 * span:
         return pixels
