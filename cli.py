@@ -27,6 +27,7 @@ FOLDERS = {"TRAINML_DATA_PATH": "data", "TRAINML_MODEL_PATH": ".", "TRAINML_OUTP
 TRAIN_IMAGES, TEST_IMAGES = "stage_2_train_images", "stage_2_test_images"
 LABELS, CLASSES = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
 TEST_LABELS, MARKER = "stage_2_test_labels.csv", "synthetic.json"
+SUBMISSION = "stage_2_sample_submission.csv"  # names the test images
 IMAGE_SIDE = 1024  # pixels a side in the challenge; the network sees IMAGE_SIDE / rescale_factor
 RESCALE_FACTORS = (1, 2, 4, 8, 16)
 NAMED = 5  # items named in a warning; the rest are counted

@@ -10,7 +10,7 @@ folder of a training run it would replace that run's report.html.
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,13 @@ import torch
 import cli
 import metrics
 import parallel
-from data_processing import Labels, read_labels, refuse_mixture
+from data_processing import (
+    Labels,
+    files_of_table,
+    read_labels,
+    read_split,
+    refuse_mixture,
+)
 from model import Runtime, load_checkpoint
 from radiographs import Reading, find_radiographs, read_images
 from results import (
@@ -64,6 +70,23 @@ class Prediction(NamedTuple):
         return cls(path, Row.of(overlay)._replace(remark=remark), boxes, scores)
 
 
+def find_files(
+        data: Sequence[str], output: Path,
+) -> tuple[dict[str, Path], list[tuple[Path, str]]]:
+    """What find_radiographs finds in folders and files, without the results of a run in `output`.
+
+    Raises InputError if there are no files at all, and as refuse_mixture does.
+    """
+    sources = [Path(path) for path in data]
+    leave_out = [path for source in sources for path in result_paths(output, source)]
+    files, skipped = find_radiographs(sources, leave_out)
+    cli.refuse_if(not files and not skipped,
+                  f"no files in {', '.join(data)}: give another with --data")
+    for source in sources:
+        refuse_mixture(source, [path for path in files.values() if source in path.parents])
+    return files, skipped
+
+
 def predict_files(model: torch.nn.Module, files: Mapping[str, Path], runtime: Runtime, *,
                   batch_size: int, rescale_factor: int, workers: int, image_size: int | None = None,
                   ) -> Iterator[tuple[str, Reading, np.ndarray | None]]:
@@ -92,11 +115,20 @@ def thresholds_in_use(checkpoint: dict[str, Any], box: float | None,
     return thresholds
 
 
+def find_trained_on(model: Path) -> set[str]:
+    """Ids of the images that a checkpoint was trained on, if its run's split.csv lies beside it."""
+    path = model.with_name("split.csv")
+    parts = read_split(path) if path.exists() else {}
+    return {patient_id for patient_id, part in parts.items() if part == "training"}
+
+
 class Results:
     """The predictions of a run in `output`, and what is written of them."""
 
-    def __init__(self, output: Path, labels: Labels, thresholds: metrics.Thresholds):
+    def __init__(self, output: Path, labels: Labels, thresholds: metrics.Thresholds,
+                 trained_on: Set[str] = frozenset()):
         self.output, self.labels, self.thresholds = output, labels, thresholds
+        self.trained_on = trained_on  # ids of images that are not scored
         self.predictions = []
 
     @property
@@ -118,8 +150,8 @@ class Results:
             mask: np.ndarray | None) -> Overlay | None:
         """Adds the prediction of a file; returns its Overlay, or None if it could not be read."""
         if mask is None:
-            self.predictions.append(
-                Prediction.skipped(path, reading.problem, internal_error=reading.internal_error))
+            made = Prediction.skipped(path, reading.problem, reading.internal_error)
+            self.predictions.append(made)
             return None
         overlay = make_overlay(patient_id, reading.value, mask, self.thresholds,
                                self.labels.boxes.get(patient_id))
@@ -168,17 +200,22 @@ class Results:
     def _score(self):
         """Lines of text and names of plots on the scores; none without labels."""
         labelled = [made for made in self.predicted if made.scores]
-        if not labelled:
-            return [], []
+        scored = [made for made in labelled if made.row.patient_id not in self.trained_on]
+        lines = []
+        if len(scored) < len(labelled):
+            lines = [f"images that the model was trained on, so not scored: "
+                     f"{len(labelled) - len(scored)}"]
+        if not scored:
+            return lines, []
         evaluation = metrics.Evaluation(
             loss=float("nan"), box_thresholds=self.thresholds.and_curve(),
-            confidences=np.array([made.row.confidence for made in labelled]),
-            positive=np.array([made.row.true_boxes > 0 for made in labelled]),
-            views=np.array([self.labels.views[made.row.patient_id] for made in labelled]),
-            scores=np.array([made.scores for made in labelled]))
+            confidences=np.array([made.row.confidence for made in scored]),
+            positive=np.array([made.row.true_boxes > 0 for made in scored]),
+            views=np.array([self.labels.views.get(made.row.patient_id, "") for made in scored]),
+            scores=np.array([made.scores for made in scored]))
         draw_scores(self.output, evaluation, self.thresholds)
         figures = evaluation.summarize(self.thresholds)
-        return score_lines(figures, len(labelled)), ["scores.png"]
+        return lines + score_lines(figures, len(scored)), ["scores.png"]
 
 
 def make_parser() -> cli.Parser:
@@ -216,17 +253,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     rescale_factor = args.rescale_factor or checkpoint.get("rescale_factor") or 4
     model.check_side(rescale_factor)
     thresholds = thresholds_in_use(checkpoint, args.box_threshold, args.gate_threshold)
-    labels = read_labels(args.labels) if args.labels else Labels({}, {})
+    labels = read_labels(args.labels) if args.labels else Labels({})
 
     # files, and this process's share of them
-    sources, output = [Path(path) for path in args.data], Path(args.output)
-    leave_out = [path for source in sources for path in result_paths(output, source)]
-    files, skipped = parallel.once(partial(find_radiographs, sources, leave_out), runtime)
-    if not files and not skipped:
-        raise cli.InputError(
-            f"no files in {', '.join(map(str, sources))}: give another with --data")
-    for folder in sources:
-        refuse_mixture(folder, [path for path in files.values() if folder in path.parents])
+    output = Path(args.output)
+    files, skipped = parallel.once(partial(find_files, args.data, output), runtime)
+    if args.labels:
+        files = files_of_table(files, Path(args.labels), labels.boxes.keys())
     source = args.data[0] if len(args.data) == 1 else f"the {len(args.data)} paths given"
     print(f"files in {source}: {len(files)}; {runtime.device.type}, {runtime.dtype}; {thresholds}")
     batches = list(cli.batched(files, args.batch_size))  # the same in any number of processes
@@ -239,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     masks = predict_files(model, share, runtime, batch_size=args.batch_size,
                           rescale_factor=rescale_factor, workers=args.workers,
                           image_size=args.image_size if folder else None)
-    results = Results(output, labels, thresholds)
+    results = Results(output, labels, thresholds, find_trained_on(Path(args.model)))
     with picture_writer(folder) as write_picture:
         for patient_id, *found in cli.progress(masks, total=len(share), description="predict"):
             overlay = results.add(files[patient_id], patient_id, *found)

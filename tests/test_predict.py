@@ -45,9 +45,10 @@ def square(tmp_path, write_dicom):
 
 @pytest.fixture
 def mixed(tmp_path, checkpoint, write_dicom, capsys):
-    """Status, input, output and last line of a prediction of four images and two other entries."""
+    """Status, input, output and last line of a prediction of four images and two other files."""
     data, output = tmp_path / "in put", tmp_path / "not" / "there yet"
-    (data / "sub" / "x.dcm").mkdir(parents=True)
+    (data / "sub").mkdir(parents=True)
+    (data / "sub" / "x.dcm").write_text("no radiograph")
     rng = np.random.default_rng(0)
     for name in ("a.dcm", "sub/Ünï code.DCM", "1.2.3"):
         write_dicom(data / name, rng.integers(0, 4096, (48, 64)).astype(np.uint16))

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import struct
@@ -32,6 +31,7 @@ from radiographs.dicom import load_and_prepare_image
 from radiographs.files import patient_id_of
 from radiographs.readers import MEMORY_LIMIT
 
+pytestmark = pytest.mark.linux
 PYDICOM = Path(pydicom.data.__file__).parent
 SAMPLES = PYDICOM / "test_files"
 STOP_SECONDS = 30  # 7 at a load of 10, most of it for the exit of the interpreter
@@ -350,11 +350,6 @@ def stop(process, signum):
     return output, errors, seconds, living(group)
 
 
-needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/stat"),
-                                reason="looks for processes in /proc")
-
-
-@needs_proc
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_training_logs_every_epoch_at_once_and_stops_within_seconds(train_flags, tmp_path, signum):
     process, lines = start("train.py", *train_flags, "--epochs", 1000), []
@@ -374,7 +369,6 @@ def test_training_logs_every_epoch_at_once_and_stops_within_seconds(train_flags,
     assert not list(last.parent.glob(".*"))
 
 
-@needs_proc
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_prediction_stops_with_its_readers(phantoms, checkpoint, tmp_path, signum):
     images = list((phantoms / "stage_2_train_images").iterdir())
@@ -409,7 +403,6 @@ with readers.readings_of(hang, ["a", "b"], workers=2) as readings:
 """
 
 
-@needs_proc
 def test_readers_that_hang_do_not_outlive_a_killed_parent():
     process = subprocess.Popen(command("-c", HUNG), cwd=ROOT, stdout=subprocess.PIPE, text=True,
                                start_new_session=True)
@@ -440,6 +433,8 @@ def test_files_that_cannot_grow_leave_the_old_ones(
              "predict.py": ["--data", images, "--model", checkpoint, "--output", output]}[script]
 
     def limit_files():
+        import resource
+
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     done = run(script, *flags, preexec_fn=limit_files)
     assert done.returncode == status and "File too large" in only_line(done.stderr)

@@ -40,6 +40,7 @@ from dataset import PneumoniaDataset
 from engine import train_one_epoch, training_loader
 from model import PneumoniaUNET, Runtime, choose_runtime
 from radiographs import find_dicom_files, read_header, read_radiograph
+from release import image_folder
 from results import IMAGE_SIZE, Overlay, draw_overlay, encode_png, make_overlay, save_overlay
 
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}  # of the product that gives the peak rate
@@ -173,7 +174,7 @@ def prepare(paths: Sequence[Path], args: argparse.Namespace) -> PneumoniaDataset
     low, high = [0, 100, 124, 121], [100, 400, 317, 598]
     corners = np.array([[100, 0, 0, 0], [550, 0, 0, 0]])  # in pixels of the original image
     boxes = {patient_id: corners + rng.uniform(low, high, (2, 4)) for patient_id in files}
-    return PneumoniaDataset(files, Labels(boxes, dict.fromkeys(files, "")), workers=args.workers,
+    return PneumoniaDataset(files, Labels(boxes), workers=args.workers,
                             side=cli.IMAGE_SIDE // args.rescale_factor)
 
 
@@ -244,7 +245,8 @@ def measure_cache(paths: list[Path], args: argparse.Namespace) -> dict[str, int]
 def make_parser() -> cli.Parser:
     parser = cli.Parser(__doc__.splitlines()[0])
     parser.add_path("--data", "-d", kind="folder", help="folder of DICOM files",
-                    variable="TRAINML_DATA_PATH", part=cli.TRAIN_IMAGES,
+                    variable="TRAINML_DATA_PATH",
+                    part=image_folder(cli.default_path("TRAINML_DATA_PATH")),
                     written_by="python sample_data.py")
     add, number = parser.add_argument, cli.bounded(1, math.inf, int)
     add("--images", type=number, nargs="+", default=[250],
