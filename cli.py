@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+VERSION = "2.0"  # the newest in CHANGELOG.md
 FOLDERS = {"TRAINML_DATA_PATH": "data", "TRAINML_MODEL_PATH": ".", "TRAINML_OUTPUT_PATH": "output"}
 IMAGE_SIDE = 1024  # pixels a side in the challenge; the network sees IMAGE_SIDE / rescale_factor
 RESCALE_FACTORS = (1, 2, 4, 8, 16)

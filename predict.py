@@ -9,6 +9,7 @@ folder of a training run it would replace that run's report.html.
 """
 
 import argparse
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -186,6 +187,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="train.csv or label table of these images: adds scores and true boxes")
     add("--save-images", default=True, action=cli.Switch,
         help="write annotated PNG images (default: on)")
+    add("--dicom", default=False, action=cli.Switch,
+        help="write a structured report and a secondary capture of each DICOM image (default: off)")
     add = parser.add_argument_group("what is marked and drawn").add_argument
     add("--box-threshold", "--bt", type=cli.bounded(0, 1),
         help="mask probability above which a pixel belongs to a box (default: the checkpoint's)")
@@ -222,22 +225,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"files in {source}: {len(files)}; {runtime.device.type}, {runtime.dtype}; {thresholds}")
 
     # predictions and pictures
+    objects = None
+    if args.dicom:
+        from results.dicom_objects import DicomWriter  # imported on use: needs highdicom
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        objects = DicomWriter(output / "dicom", files, digest)
     results = Results(files, skipped if runtime.rank == 0 else [], labels, thresholds)
     batches = list(cli.batched(files, args.batch_size))  # the same in any number of processes
     share = {key: files[key] for batch in parallel.share(batches, runtime) for key in batch}
     predictions = predict_files(model, share, runtime, batch_size=args.batch_size,
                                 rescale_factor=rescale_factor, workers=args.workers,
-                                image_size=args.image_size if args.save_images else None)
+                                image_size=args.image_size if args.save_images or objects else None)
     folder = picture_folder(output, files) if args.save_images else None
-    with picture_writer(folder, heat=args.heat) as write_picture:
+    write_objects = objects.write if objects else None
+    with picture_writer(folder, heat=args.heat, also=write_objects) as write_picture:
         for prediction in cli.progress(predictions, total=len(share), description="predict"):
             overlay = results.add(*prediction)
             if overlay:
                 write_picture(overlay)
     results.gather(runtime)
+    refused = parallel.gather(objects.refused, runtime) if objects else []
     if runtime.rank == 0:
         results.write(output)
         results.report(output, pictures="images" if args.save_images else None)
+        cli.warn("images get no DICOM objects", refused)
     parallel.leave(runtime)
     internal_error = any(reason == INTERNAL_ERROR for _, reason in results.skipped)
     return 1 if internal_error or not results.annotations else 0

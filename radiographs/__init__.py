@@ -8,6 +8,7 @@ from .dicom import (
     TAGS,
     Radiograph,
     UnreadableImage,
+    decoding_errors,
     load_and_prepare_image,
     read_header,
     read_radiograph,

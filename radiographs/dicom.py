@@ -68,7 +68,7 @@ def reason_of(error: Exception) -> str:
                 "says")
     # a message that names a tag or pixels makes sense to users; others are about Python objects
     about_file = re.search(r"\([0-9A-F]{4},[0-9A-F]{4}\)|pixel data|file position|image file", text)
-    if about_file and not re.search(r"<|\\x|\bb'", text):
+    if about_file and not re.search(r"<|Traceback|\\x|\bb'", text):
         return f"is damaged or of an unknown kind ({text:.150})"
     return "has a header that is damaged or lacks a needed value"
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -204,32 +204,45 @@ def picture_path(folder: Path, patient_id: str) -> Path:
     return folder / os.fsdecode(f"{patient_id}.png".encode())
 
 
-def save_overlay(folder: Path, overlay: Overlay, *, heat: bool = False) -> None:
-    """Writes `folder`/<patient_id>.png; prints a warning unless the disk itself is at fault."""
-    content = encode_png(draw_overlay(overlay, heat=heat))
-    path = picture_path(folder, overlay.patient_id)
+def save_overlay(folder: Path | None, overlay: Overlay, *, heat: bool = False,
+                 also: Callable[[Overlay, Image.Image], None] | None = None) -> None:
+    """Draws `folder`/<patient_id>.png, if there is a folder, and hands the picture to `also`, if
+    there is such a function. Prints a warning unless the disk itself is at fault."""
+    picture = draw_overlay(overlay, heat=heat)
+    if also:
+        also(overlay, picture)
+    if not folder:
+        return
+    content = encode_png(picture)
+    save_file(picture_path(folder, overlay.patient_id), lambda file: file.write(content))
+
+
+def save_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Lets `write` fill a file of results; prints a warning unless the disk itself is at fault."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
-            file.write(content)
+            write(file)
     except OSError as error:
         if error.errno in DISK_ERRORS:
             raise
-        print(f"warning: no picture of {overlay.patient_id}: {error.strerror}")
+        print(f"warning: no {path.name}: {error.strerror}")
 
 
 @contextmanager
-def picture_writer(folder: Path | None, *, heat: bool = False) -> Iterator[Callable]:
-    """Yields a function that lets threads draw and write the picture of an overlay; when the block
-    ends, all are written. Without a folder the function does nothing."""
+def picture_writer(
+        folder: Path | None, *, heat: bool = False,
+        also: Callable[[Overlay, Image.Image], None] | None = None) -> Iterator[Callable]:
+    """Yields a function that lets threads draw and write the picture of an overlay, as save_overlay
+    does; when the block ends, all are written. Without folder and `also` it does nothing."""
     waiting = deque()
 
     def write(overlay: Overlay) -> None:
-        waiting.append(threads.submit(save_overlay, folder, overlay, heat=heat))
+        waiting.append(threads.submit(save_overlay, folder, overlay, heat=heat, also=also))
         if len(waiting) > WAITING:
             waiting.popleft().result()
 
     with ThreadPoolExecutor(2) as threads:
-        yield write if folder else lambda overlay: None
+        yield write if folder or also else lambda overlay: None
         for drawing in waiting:
             drawing.result()
