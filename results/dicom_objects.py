@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from pydicom import Dataset, dcmread
 from pydicom.sr.codedict import codes
-from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import UID, ComprehensiveSRStorage, generate_uid
 
 from cli import VERSION, InputError
 from metrics import image_confidence
@@ -37,9 +37,6 @@ NOTICE = "For illustration and learning only"
 OPACITY = sr.CodedConcept("128305008", "SCT", "Opacity")
 ROOT = "1.2.826.0.1.3680043.10.511.3."  # highdicom's, for UIDs
 REFERENCE = "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID"
-TAKEN = "PatientOrientation", "Laterality", "SpecificCharacterSet", "NumberOfFrames"
-UNNEEDED = ("InstanceCreationDate", "InstanceCreationTime", "ContributingEquipmentSequence",
-            "DateOfSecondaryCapture", "TimeOfSecondaryCapture")  # hold the date; of type 3
 _reading = Lock()  # settings on warnings are those of all threads
 
 
@@ -88,42 +85,44 @@ def read_source(path: Path) -> Dataset:
     with _reading, warnings.catch_warnings(), decoding_errors():
         warnings.simplefilter("ignore")
         header = dcmread(path, stop_before_pixels=True)
-        for keyword in REFERENCE:
-            uid = UID(str(header.get(keyword) or ""))
-            if not uid.is_valid or (keyword == "SOPClassUID" and uid.is_private):
-                raise UnreadableImage(f"has no valid {keyword}")
-        source = _reference(header)
+        header.decode()
+        invalid = [name for name in REFERENCE if not UID(str(header.get(name) or "")).is_valid]
+        if invalid or header.SOPClassUID.is_private:
+            raise UnreadableImage(f"has no valid {', '.join(invalid) or 'SOPClassUID'}")
+        study, series, instance, kind = (header[name].value for name in REFERENCE)
+        source = SOPClass(study, series, 1, instance, kind, 1, modality="")
         source.copy_patient_and_study_information(header)
-        source.PatientOrientation = source.Laterality = None  # of type 2C
-        source.update({header[name].tag: header[name] for name in TAKEN if name in header})
+        source.SpecificCharacterSet = "ISO_IR 192"  # UTF-8
+        source.PatientOrientation, source.NumberOfFrames = map(
+            header.get, ("PatientOrientation", "NumberOfFrames"))
         source.save_as(io.BytesIO())
         return source
 
 
-def _reference(source):
-    """An object with the UIDs of `source`, but without its patient and study."""
-    study, series, instance, kind = (source[keyword].value for keyword in REFERENCE)
-    return SOPClass(study, series, 1, instance, kind, 1, "OT", None, ExplicitVRLittleEndian)
-
-
 def build_report(result: Result) -> Dataset:
     """The structured report: a group on the whole image, and one for each box."""
-    boxes, thresholds = len(result.overlay.boxes), result.overlay.thresholds
+    boxes, thresholds = len(result.overlay.boxes), str(result.overlay.thresholds)
     device = sr.DeviceObserverIdentifyingAttributes(
         generate_uid(ROOT, [VERSION, result.digest]), PROGRAM, None, VERSION, result.digest)
     context = sr.ObservationContext(None, sr.ObserverContext(codes.DCM.Device, device))
     presence = codes.SCT.Present if boxes else codes.SCT.Absent
     image = sr.MeasurementsAndQualitativeEvaluations(
         sr.TrackingIdentifier(result.uid("image"), "image"),
-        algorithm_id=sr.AlgorithmIdentification(PROGRAM, VERSION, [str(thresholds)]),
+        algorithm_id=sr.AlgorithmIdentification(PROGRAM, VERSION, [thresholds]),
         qualitative_evaluations=[sr.QualitativeEvaluation(codes.DCM.PresenceOfProperty, presence)],
         source_images=[sr.SourceImageForMeasurementGroup(*result.reference())],
         **_finding(image_confidence(result.overlay.mask), codes.SCT.Maximum))
     for text in (f"Opacities found: {boxes}" if boxes else "No opacity found", NOTICE):
         image[0].ContentSequence.append(sr.TextContentItem(codes.DCM.Comment, text, "CONTAINS"))
     content = sr.MeasurementReport(context, codes.SCT.PlainRadiography, [image, *_boxes(result)])
-    return _build(sr.ComprehensiveSR, result, 9001, evidence=[_reference(result.source)],
-                  content=content, is_complete=True)
+    report = _build(SOPClass, result, 9001, sop_class_uid=ComprehensiveSRStorage, modality="SR")
+    report.CompletionFlag, report.VerificationFlag = "COMPLETE", "UNVERIFIED"
+    report.PerformedProcedureCodeSequence = report.ReferencedPerformedProcedureStepSequence = []
+    report.ContentSequence = []  # for the next line, which takes long to look for references
+    report.CurrentRequestedProcedureEvidenceSequence, _ = sr.utils.collect_evidence(
+        [result.source], report, report.StudyInstanceUID)
+    report.update(content[0])
+    return report
 
 
 def _boxes(result):
@@ -138,36 +137,34 @@ def _boxes(result):
 
 
 def _finding(probability, derivation):
-    """Arguments of a group: opacity of the lung, and its probability over the pixels."""
-    measurement = sr.Measurement(codes.DCM.Probability, round(100 * float(probability), 2),
-                                 codes.UCUM.Percent, derivation=derivation)
+    """Arguments of a group: opacity of the lung, and its probability over the pixels in percent."""
+    percent = round(100 * float(probability), 2), codes.UCUM.Percent
     return {"finding_type": OPACITY, "finding_sites": [sr.FindingSite(codes.SCT.Lung)],
-            "measurements": [measurement]}
+            "measurements": [sr.Measurement(codes.DCM.Probability, *percent, derivation=derivation)]}
 
 
 def build_capture(result: Result, picture: Image.Image) -> Dataset:
     """The secondary capture of a picture: RGB without compression, which every viewer reads."""
     capture = _build(
         sc.SCImage, result, 9002, pixel_array=np.asarray(picture.convert("RGB")), bits_allocated=8,
-        photometric_interpretation="RGB", study_instance_uid=result.source.StudyInstanceUID,
-        coordinate_system="PATIENT", patient_orientation=("L", "F"))  # replaced below
-    del capture.ContentDate, capture.ContentTime  # of type 2C
+        photometric_interpretation="RGB", coordinate_system="PATIENT",
+        patient_orientation=("L", "F"))  # replaced below
+    del capture.ContentDate, capture.ContentTime, capture.ContributingEquipmentSequence
+    del capture.DateOfSecondaryCapture, capture.TimeOfSecondaryCapture
+    capture["PatientOrientation"], capture.Laterality = result.source["PatientOrientation"], None
     capture.BurnedInAnnotation, capture.ImageComments = "YES", NOTICE  # the id is burned in
-    capture.update({result.source[name].tag: result.source[name] for name in TAKEN[:2]})
     capture.SourceImageSequence = sr.SourceImageForRegion(*result.reference()).ReferencedSOPSequence
     return capture
 
 
-def _build(kind, result, series_number, **arguments):
-    """An object of a `kind` of highdicom's, as a new series of the source's study."""
+def _build(kind, result, number, **arguments):
+    """An object of a `kind` of highdicom's, as a series of its own in the source's study."""
     dataset = kind(
-        series_instance_uid=result.uid(f"series of {kind.__name__}"), series_number=series_number,
-        sop_instance_uid=result.uid(kind.__name__), instance_number=1, manufacturer=PROGRAM,
-        software_versions=VERSION, device_serial_number=result.digest,
+        study_instance_uid=result.source.StudyInstanceUID, sop_instance_uid=result.uid(f"{number}"),
+        series_instance_uid=result.uid(f"series {number}"), series_number=number, instance_number=1,
+        manufacturer=PROGRAM, software_versions=VERSION, device_serial_number=result.digest,
         series_description=f"Lung opacities. {NOTICE}", **arguments)
     dataset.copy_patient_and_study_information(result.source)
-    if "SpecificCharacterSet" in result.source:
-        dataset.SpecificCharacterSet = result.source.SpecificCharacterSet
-    for keyword in UNNEEDED:
-        dataset.pop(keyword, None)
+    dataset.SpecificCharacterSet = result.source.SpecificCharacterSet
+    del dataset.InstanceCreationDate, dataset.InstanceCreationTime
     return dataset
