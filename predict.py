@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if runtime.rank == 0:
         results.write(output)
         results.report(output, pictures="images" if args.save_images else None)
-        cli.warn("images get no DICOM objects", refused)
+        cli.warn("images get no DICOM objects", sorted(refused))
     parallel.leave(runtime)
     internal_error = any(reason == INTERNAL_ERROR for _, reason in results.skipped)
     return 1 if internal_error or not results.annotations else 0

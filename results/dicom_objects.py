@@ -136,11 +136,11 @@ def _boxes(result):
             **_finding(confidence, codes.SCT.Mean))
 
 
-def _finding(probability, derivation):
+def _finding(probability, kind):
     """Arguments of a group: opacity of the lung, and its probability over the pixels in percent."""
     percent = round(100 * float(probability), 2), codes.UCUM.Percent
     return {"finding_type": OPACITY, "finding_sites": [sr.FindingSite(codes.SCT.Lung)],
-            "measurements": [sr.Measurement(codes.DCM.Probability, *percent, derivation=derivation)]}
+            "measurements": [sr.Measurement(codes.DCM.Probability, *percent, derivation=kind)]}
 
 
 def build_capture(result: Result, picture: Image.Image) -> Dataset:
