@@ -4,11 +4,13 @@
     python predict.py -d scan.dcm photo.jpg --model output/final.pth.tar --output output/new
 
 Reads DICOM files and PNG, JPEG and TIFF images. Writes to --output: report.html, annotations.json,
-submission.csv, images/<patientId>.png and, where a file could not be read, skipped.csv. In the
-folder of a training run it would replace that run's report.html.
+submission.csv, images/<patientId>.png and, where a file could not be read, skipped.csv; --dicom adds
+dicom/<patientId>.sr.dcm and .sc.dcm. In the folder of a training run it would replace that run's
+report.html.
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -230,6 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from results.dicom_objects import DicomWriter  # imported on use: needs highdicom
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         objects = DicomWriter(output / "dicom", files, digest)
+        gc.freeze()  # reports make garbage often; its collection need not search all modules
     results = Results(files, skipped if runtime.rank == 0 else [], labels, thresholds)
     batches = list(cli.batched(files, args.batch_size))  # the same in any number of processes
     share = {key: files[key] for batch in parallel.share(batches, runtime) for key in batch}
