@@ -4,8 +4,8 @@
     python predict.py -d scan.dcm photo.jpg --model output/final.pth.tar --output output/new
 
 Reads DICOM files and PNG, JPEG and TIFF images. Writes to --output: report.html, annotations.json,
-submission.csv, images/<patientId>.png and, where a file could not be read, skipped.csv; --dicom adds
-dicom/<patientId>.sr.dcm and .sc.dcm. In the folder of a training run it would replace that run's
+submission.csv, images/<patientId>.png, with --dicom dicom/<patientId>.sr.dcm and .sc.dcm and, if
+a file could not be read, skipped.csv. In the folder of a training run it would replace that run's
 report.html.
 """
 
