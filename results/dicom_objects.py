@@ -100,7 +100,7 @@ def read_source(path: Path) -> Dataset:
 
 
 def build_report(result: Result) -> Dataset:
-    """The structured report: a group on the whole image, and one for each box."""
+    """The structured report: a group for each box, and one on the whole image."""
     boxes, thresholds = len(result.overlay.boxes), str(result.overlay.thresholds)
     device = sr.DeviceObserverIdentifyingAttributes(
         generate_uid(ROOT, [VERSION, result.digest]), PROGRAM, None, VERSION, result.digest)
@@ -114,7 +114,8 @@ def build_report(result: Result) -> Dataset:
         **_finding(image_confidence(result.overlay.mask), codes.SCT.Maximum))
     for text in (f"Opacities found: {boxes}" if boxes else "No opacity found", NOTICE):
         image[0].ContentSequence.append(sr.TextContentItem(codes.DCM.Comment, text, "CONTAINS"))
-    content = sr.MeasurementReport(context, codes.SCT.PlainRadiography, [image, *_boxes(result)])
+    # boxes first: dwv shows regions only if there is one in the first group
+    content = sr.MeasurementReport(context, codes.SCT.PlainRadiography, [*_boxes(result), image])
     report = _build(SOPClass, result, 9001, sop_class_uid=ComprehensiveSRStorage, modality="SR")
     report.CompletionFlag, report.VerificationFlag = "COMPLETE", "UNVERIFIED"
     report.PerformedProcedureCodeSequence = report.ReferencedPerformedProcedureStepSequence = []

@@ -112,6 +112,9 @@ def test_a_report_names_its_thresholds_and_its_maker_and_is_unverified(write_obj
     content = highdicom.sr.ComprehensiveSR.from_dataset(report).content
     [group] = content.get_image_measurement_groups()
     assert group.get_measurements()[0].value == 25
+    *_, measurements = report.ContentSequence
+    first, *_ = measurements.ContentSequence  # without a region there, dwv shows none
+    assert "SCOORD" in [item.ValueType for item in first.ContentSequence]
 
 
 def test_a_report_without_boxes_says_so(write_objects):
