@@ -22,6 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+VERSION = "2.0"  # the newest in CHANGELOG.md
 FOLDERS = {"TRAINML_DATA_PATH": "data", "TRAINML_MODEL_PATH": ".", "TRAINML_OUTPUT_PATH": "output"}
 # the challenge's layout; the truth of the test images and the marker are sample_data.py's
 TRAIN_IMAGES, TEST_IMAGES = "stage_2_train_images", "stage_2_test_images"

@@ -154,7 +154,7 @@ def build_app() -> "FastAPI":  # noqa: F821, imported inside
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        return {"status": "ok"}
+        return {"status": "ok", "version": cli.VERSION}
 
     @app.post("/predict")
     async def predict(request: Request) -> dict[str, dict[str, str]]:

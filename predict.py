@@ -4,10 +4,10 @@
     python predict.py -d scan.dcm photo.jpg --model output/final.pth.tar --output output/new
 
 Reads DICOM files and PNG, JPEG and TIFF images. Writes to --output: report.html, annotations.json,
-submission.csv, images/<patientId>.png and, where a file could not be read, skipped.csv. In the
-folder that train.py saves to by default, the page is predictions.html. A run that ends early writes
-what is done, and the same command goes on with it. Under torchrun on several machines, the page
-shows the pictures of all if they share the folder.
+submission.csv, images/<patientId>.png, with --dicom dicom/<patientId>.sr.dcm and .sc.dcm, and where
+a file could not be read, skipped.csv. In the folder that train.py saves to by default, the page is
+predictions.html. A run that ends early writes what is done, and the same command goes on with it.
+Under torchrun on several machines, the page shows the pictures of all if they share the folder.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from radiographs import Reading, find_radiographs, read_images
 from results import (
     IMAGE_SIZE,
     Predictions,
+    dicom_writer,
     picture_writer,
     refuse_to_replace,
     result_paths,
@@ -97,7 +98,8 @@ def describe_run(args: argparse.Namespace, runtime: Runtime, rescale_factor: int
     return {"model": [args.model, stamp_of(args.model)],
             "labels": args.labels and [args.labels, stamp_of(args.labels)],
             "thresholds": thresholds, "rescale_factor": rescale_factor,
-            "image_size": args.image_size if args.save_images else None,
+            "image_size": args.image_size if args.save_images or args.dicom else None,
+            "save_images": args.save_images, "dicom": args.dicom,
             "device": f"{runtime.device.type}, {runtime.dtype}"}
 
 
@@ -114,6 +116,9 @@ def make_parser() -> cli.Parser:
                     help="train.csv or label table of these images: adds scores and true boxes")
     parser.add_to_files("--save-images", action=argparse.BooleanOptionalAction,
                         help="write annotated PNG images (default: on)")
+    parser.add_to_files("--dicom", action=argparse.BooleanOptionalAction,
+                        help="write a structured report and a secondary capture of each DICOM "
+                             "image (default: off)")
     add = parser.add_argument_group("what is marked and drawn").add_argument
     add("--box-threshold", "--bt", type=cli.bounded(0, 1),
         help="mask probability above which a pixel belongs to a box (default: the checkpoint's)")
@@ -122,7 +127,7 @@ def make_parser() -> cli.Parser:
     add("--image-size", type=cli.bounded(64, 8192, int), default=IMAGE_SIZE,
         help="longest side of the annotated images in pixels (default: %(default)s)")
     parser.add_runtime_options(batch_size=16, rescale_factor=None)
-    parser.set_defaults(save_images=True)
+    parser.set_defaults(save_images=True, dicom=False)
     return parser
 
 
@@ -154,17 +159,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     # masks, boxes and pictures of this process's share of the files
     settings = describe_run(args, runtime, rescale_factor, thresholds)
     with Predictions(output, found, runtime, settings=settings, thresholds=thresholds,
-                     labels=labels) as predictions:
+                     labels=labels, trained_on=find_trained_on(args.model)) as predictions:
         batches = list(cli.batched(predictions.left, args.batch_size))
         share = {key: files[key] for batch in parallel.share(batches, runtime) for key in batch}
         images = read_images(share.values(), side=cli.IMAGE_SIDE // rescale_factor,
                              workers=args.workers, display_size=settings["image_size"])
-        with picture_writer(pictures) as write_picture, images as readings:
+        objects = None
+        if args.dicom:
+            objects = dicom_writer(output / "dicom", files, Path(args.model))
+        with picture_writer(pictures, objects and objects.write) as write_picture, \
+                images as readings:
             masks = predict_masks(model, zip(share, readings), runtime, batch_size=args.batch_size)
             for result in cli.progress(masks, total=len(share), description="predict"):
                 overlay = predictions.add(*result)
                 if overlay:
                     write_picture(overlay)
+        if objects:
+            refused = parallel.gather(objects.refused, runtime)
+            cli.warn("images get no DICOM objects", sorted(refused))
         return predictions.finish()
 
 

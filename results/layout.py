@@ -21,7 +21,8 @@ def result_paths(output: Path, data: Path) -> list[Path]:
         return [output]
     folders = [output / name for name in PICTURES] if data == output else []
     pictures = [path for folder in folders for path in folder.rglob("*.png")]
-    return [output / name for name in RESULTS] + pictures
+    objects = [path for path in (output / "dicom").rglob("*.s[rc].dcm") if data == output]
+    return [output / name for name in RESULTS] + pictures + objects
 
 
 def report_names(folder: Path) -> tuple[str, str]:

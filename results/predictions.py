@@ -1,6 +1,8 @@
 """What a prediction keeps in its folder: tables, a report and, until all files are done, a journal
 from which the next run goes on."""
 
+import gc
+import hashlib
 import json
 import os
 from collections.abc import Collection, Sequence
@@ -53,6 +55,14 @@ def stamp_of(path: str | Path) -> list[int] | None:
         return [status.st_size, status.st_mtime_ns]
 
 
+def dicom_writer(folder: Path, files: dict[str, Path], checkpoint: Path) -> "DicomWriter":  # noqa: F821
+    """The DicomWriter of images predicted with a checkpoint; raises InputError if its package,
+    highdicom, is missing."""
+    from .dicom_objects import DicomWriter  # imported on use: few need highdicom
+    gc.freeze()  # reports make garbage often; its collection need not search all modules
+    return DicomWriter(folder, files, hashlib.sha256(checkpoint.read_bytes()).hexdigest())
+
+
 class Predictions:
     """The Predictions of radiographs `found` by radiographs.find_radiographs, and the files in
     `folder` made of them.
@@ -72,7 +82,7 @@ class Predictions:
                          for path, reason in left_out]
         fields = [*Prediction._fields, *Row._fields]
         self.settings = json.loads(json.dumps(settings | {"fields": fields}))
-        self.pictures = folder / "images" if settings["image_size"] else None
+        self.pictures = folder / "images" if settings["save_images"] else None
         self.annotations = folder / "annotations.json"
         # the tables of a complete run are replaced by those of a complete one alone
         self.keeps_tables = self.annotations.exists() and not self._journals()
@@ -173,13 +183,13 @@ class Predictions:
         return made
 
     def _holds(self, made):
-        """Whether a Prediction is of one of the files as it is now and, if it should have one, has
-        its picture."""
+        """Whether a Prediction is of one of the files as it is now and has its picture, which is
+        written after the DICOM objects."""
         path, is_skipped = self.files.get(made.patient_id), made.row.outcome == "skipped"
-        has_picture = not self.pictures or is_skipped or os.path.exists(
-            picture_path(self.pictures, made.patient_id))
+        is_drawn = is_skipped or (not self.settings["dicom"] if not self.pictures else
+                                  os.path.exists(picture_path(self.pictures, made.patient_id)))
         is_same = str(path) == made.path and stamp_of(path) == made.stamp
-        return is_same and has_picture and not made.is_fault
+        return is_same and is_drawn and not made.is_fault
 
     # What is written
 

@@ -20,6 +20,7 @@ import pydicom.data
 import pytest
 from conftest import ROOT, make_dicom
 
+import cli
 import endpoint
 import predict
 
@@ -153,7 +154,7 @@ def test_base64_in_lines_is_read(server, radiograph):
 
 
 def test_health_answers(server):
-    assert server.call("GET", "/health")[:2] == (200, {"status": "ok"})
+    assert server.call("GET", "/health")[:2] == (200, {"status": "ok", "version": cli.VERSION})
 
 
 # Refusals
