@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from cli import IMAGE_SIDE, InputError, InternalError, progress, refuse_if, warn
-from data_processing import Labels, read_labels
+from data_processing import Labels, check_boxes, files_of_table, read_labels
 from metrics import rescale_boxes
 from radiographs import find_dicom_files, read_images
 
-VALIDATION_SHARE = 0.1
+HELD_OUT = 10  # one image in so many is kept for validation
 FEWEST = 10  # images of each class that a run needs
 MAX_UNREADABLE = 0.05  # share of the images; beyond it something is wrong with the whole folder
 
@@ -56,8 +56,12 @@ class PneumoniaDataset(Dataset):
             for (patient_id, path), reading in zip(files.items(), readings):
                 self._add(patient_id, path, reading)
         self._check_skipped(len(files))
-        self.boxes = [labels.boxes[key] for key in self.patient_ids]
-        self.views = [labels.views[key] for key in self.patient_ids]
+        self.boxes = [np.asarray(labels.boxes[key], float).reshape(-1, 4)
+                      for key in self.patient_ids]
+        check_boxes(dict(zip(self.patient_ids, self.boxes)),
+                    dict(zip(self.patient_ids, self.original_sizes)))
+        self.views = [labels.views.get(key, "") for key in self.patient_ids]
+        self.patients = [labels.patient_of(key) for key in self.patient_ids]
 
     def __getstate__(self) -> dict:
         """For another process on this machine: Linux lets it open the unnamed file of the images as
@@ -121,19 +125,32 @@ class Labelled(NamedTuple):
 
     def split(self, *, seed: int, folds: int | None = None, fold: int | None = None,
               limits: Mapping[str, int] | None = None) -> dict[str, list[str]]:
-        """The ids of each part: "training", "validation" and, with folds, "test"; `limits` caps
-        their numbers by random choice. Raises InputError for a part without any."""
-        positive, parts = self.labels.positive, {"training": [], "validation": []}
+        """The ids of each part: "training", "validation" and, with folds, "test", all images of a
+        patient in one of them; `limits` caps their numbers by random choice. Raises InputError for
+        a part without any."""
+        labels, parts = self.labels, {"training": [], "validation": []}
         if folds:
-            outside, parts["test"] = split_fold(positive, folds=folds, fold=fold)
-            positive = {key: positive[key] for key in outside}
-        parts["training"], parts["validation"] = split_patients(positive, seed=seed)
+            parts["test"] = split_folds(labels, folds)[fold]
+            labels = labels.among(labels.boxes.keys() - parts["test"])
+        parts["validation"] = hold_out(labels, seed)
+        parts["training"] = sorted(labels.boxes.keys() - parts["validation"])
         for name, ids in parts.items():
             refuse_if(not ids, f"--folds {folds} --fold {fold} leave no image for {name}: take "
                       "another fold, fewer folds or more images")
         for name, limit in (limits or {}).items():
             if len(parts.get(name, ())) > limit:
                 parts[name] = sorted(random.Random(seed).sample(parts[name], limit))
+        return parts
+
+    def split_as(self, earlier: Mapping[str, str]) -> dict[str, list[str]]:
+        """The ids of each part of a split made `earlier`, {patient_id: part}. Names the images
+        that are gone since, and those that it does not have."""
+        warn("images of the run to continue are gone", sorted(earlier.keys() - self.files.keys()))
+        warn("images are not in the split of the run to continue and are left out",
+             sorted(self.files.keys() - earlier.keys()))
+        parts = {name: [] for name in earlier.values()}
+        for patient_id in sorted(earlier.keys() & self.files.keys()):
+            parts[earlier[patient_id]].append(patient_id)
         return parts
 
     def load(self, parts: Mapping[str, list[str]], *, rescale_factor: int,
@@ -157,8 +174,12 @@ def find_labelled(data: Path, table: Path, leave_out: Iterable[Path] = ()) -> La
     Raises InputError if there are too few to train on.
     """
     labels = read_labels(table)
+    if not labels.patients:
+        print(f"{table} has no column patient, so images of one patient may be in several parts: "
+              "python data_processing.py writes the column")
     found, skipped = find_dicom_files(data, leave_out)
     warn("files are left out", [f"{path} {reason}" for path, reason in skipped])
+    found = files_of_table(found, table, labels.boxes.keys())
     warn("ids of the table have no image and are left out",
          sorted(labels.boxes.keys() - found.keys()))
     labels = labels.among(found)
@@ -171,35 +192,38 @@ def find_labelled(data: Path, table: Path, leave_out: Iterable[Path] = ()) -> La
     return Labelled({key: found[key] for key in labels.boxes}, labels)
 
 
-def split_fold(patient_ids: Iterable[str], *, folds: int, fold: int) -> tuple[list[str], list[str]]:
-    """Splits ids into those outside and those in a fold: MD5 of the id modulo `folds`.
+def divide(labels: Labels, patients: Iterable[str], count: int) -> list[list[str]]:
+    """Divides the ids into `count` parts of about the same size and share of opacities, all images
+    of a patient in one part.
 
-    Depends on each id alone, so a fold stays the same when other images are added or removed.
+    Goes through the `patients` in their order. One with an opacity joins the part with the fewest
+    such images, then the fewest images; one without joins the part with the fewest images.
     """
-    outside, inside = [], []
-    for patient_id in sorted(patient_ids):
-        digest = hashlib.md5(patient_id.encode(), usedforsecurity=False).hexdigest()
-        part = inside if int(digest, 16) % folds == fold else outside
-        part.append(patient_id)
-    return outside, inside
+    ids, positive = {}, labels.positive
+    for patient_id in sorted(labels.boxes):
+        ids.setdefault(labels.patient_of(patient_id), []).append(patient_id)
+    parts, sizes = [[] for _ in range(count)], [(0, 0)] * count  # images with opacities, all images
+    for patient in patients:
+        found = sum(positive[patient_id] for patient_id in ids[patient])
+        chosen = min(range(count), key=lambda part: sizes[part][0 if found else 1:])
+        parts[chosen] += ids[patient]
+        sizes[chosen] = sizes[chosen][0] + found, sizes[chosen][1] + len(ids[patient])
+    return [sorted(part) for part in parts]
 
 
-def split_patients(opacities: Mapping[str, bool], *, seed: int) -> tuple[list[str], list[str]]:
-    """Splits {patient_id: has_opacity} at random into (training, validation) ids: of each class,
-    VALIDATION_SHARE is held out.
+def split_folds(labels: Labels, folds: int) -> list[list[str]]:
+    """The ids of each fold, divided in the order of the MD5 of the patients: whatever the order of
+    the table, the same images make the same folds."""
+    def digest(patient: str) -> str:
+        return hashlib.md5(patient.encode(), usedforsecurity=False).hexdigest()
+    return divide(labels, sorted(set(map(labels.patient_of, labels.boxes)), key=digest), folds)
 
-    Depends on the ids and the seed alone, not on the order of the table: ids follow the batches of
-    annotation.
-    """
-    rng = np.random.default_rng(seed)
-    training, validation = [], []
-    for has_opacity in (False, True):
-        ids = sorted(key for key, value in opacities.items() if value == has_opacity)
-        ids = rng.permutation(ids).tolist()
-        held_out = round(len(ids) * VALIDATION_SHARE)
-        training += ids[held_out:]
-        validation += ids[:held_out]
-    return sorted(training), sorted(validation)
+
+def hold_out(labels: Labels, seed: int) -> list[str]:
+    """The ids of a random part in HELD_OUT; depends on the images, patients and seed alone."""
+    patients = sorted(set(map(labels.patient_of, labels.boxes)))
+    order = np.random.default_rng(seed).permutation(patients).tolist()
+    return divide(labels, order, HELD_OUT)[0]
 
 
 class Augmentation:

@@ -6,6 +6,7 @@ The processes of a run (parallel.py) share both.
 import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 
 import cli
 import parallel
+from data_processing import read_split
 from dataset import Augmentation, PneumoniaDataset
 from metrics import Evaluation, image_confidence, score_mask
 from model import PneumoniaUNET, Runtime, load_checkpoint
@@ -31,18 +33,27 @@ class Start(NamedTuple):
     """What a run starts from: nothing, the weights of a checkpoint, or the state of a run."""
     model: PneumoniaUNET | None = None
     state: dict[str, Any] = {}  # content of the checkpoint
+    path: Path | None = None  # of the checkpoint
 
     @classmethod
     def of_file(cls, path: str | None) -> "Start":
         """Of the file that --checkpoint names; raises InputError as load_checkpoint does."""
         if not path:
             return cls()
-        return cls(*load_checkpoint(cli.require(path, "file", flag="--checkpoint")))
+        path = cli.require(path, "file", flag="--checkpoint")
+        return cls(*load_checkpoint(path), path)
 
     @property
     def continues(self) -> bool:
         """Whether the checkpoint is the last.pth.tar of a run."""
         return "optimizer" in self.state
+
+    def split(self) -> dict[str, str]:
+        """The {patient_id: part} of the run; raises InputError if its split.csv is not there."""
+        path = self.path.with_name("split.csv")
+        cli.refuse_if(not path.exists(), f"{path} does not exist: put the run's own there, so that "
+                      "no image that it was trained on is scored")
+        return read_split(path)
 
     def network(self) -> dict[str, Any]:
         """The flags that the network was built with."""

@@ -22,7 +22,13 @@ import torch
 
 import cli
 import parallel
-from data_processing import Labels, read_labels, refuse_mixture
+from data_processing import (
+    Labels,
+    files_of_table,
+    read_labels,
+    read_split,
+    refuse_mixture,
+)
 from metrics import Thresholds
 from model import Runtime, load_checkpoint
 from radiographs import Reading, find_radiographs, read_images
@@ -78,6 +84,13 @@ def thresholds_in_use(checkpoint: dict[str, Any], box: float | None,
     return thresholds
 
 
+def find_trained_on(model: str) -> set[str]:
+    """Ids of the images that a checkpoint was trained on, if its run's split.csv lies beside it."""
+    path = Path(model).with_name("split.csv")
+    parts = read_split(path) if path.exists() else {}
+    return {patient_id for patient_id, part in parts.items() if part == "training"}
+
+
 def describe_run(args: argparse.Namespace, runtime: Runtime, rescale_factor: int,
                  thresholds: Thresholds) -> dict[str, Any]:
     """What the results depend on apart from the radiographs, as plain values."""
@@ -124,11 +137,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     rescale_factor = args.rescale_factor or checkpoint.get("rescale_factor") or 4
     model.check_side(rescale_factor)
     thresholds = thresholds_in_use(checkpoint, args.box_threshold, args.gate_threshold)
-    labels = read_labels(args.labels) if args.labels else Labels({}, {})
+    labels = read_labels(args.labels) if args.labels else Labels({})
 
     # files
     output = Path(args.output)
-    found = files, _ = parallel.once(partial(find_files, args.data, output), runtime)
+    found = parallel.once(partial(find_files, args.data, output), runtime)
+    if args.labels:
+        found = files_of_table(found[0], Path(args.labels), labels.boxes.keys()), found[1]
+    files, _ = found
     source = args.data[0] if len(args.data) == 1 else f"the {len(args.data)} paths given"
     print(f"files in {source}: {len(files)}; {runtime.device.type}, {runtime.dtype}; {thresholds}")
     pictures = output / "images" if args.save_images else None

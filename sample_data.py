@@ -2,12 +2,16 @@
 
     python sample_data.py                      # 240 training and 20 test images in data/
     python sample_data.py --train 40 --test 5 --output phantoms
+    python sample_data.py --layout rsna        # as in RSNA's own release
 
 Writes chest phantoms with opacities as DICOM files, the two label tables, and
-stage_2_test_labels.csv with the truth of the test images, which the challenge keeps to itself. The
-phantoms are for trying the scripts; what is learned from them says nothing about radiographs. Boxes
-have the challenge's sizes, but 40 % of the images are positive (22.5 % there), so that a small
-sample has enough to learn from.
+stage_2_test_labels.csv with the truth of the test images, which the challenge keeps to itself. In
+the layout of RSNA's own release, the same phantoms lie in a folder for each study, with annotations
+and mapping as JSON files, and Kaggle's sample submission tells the test images.
+
+A fifth of the chests have a second image, of the same patient. The phantoms are for trying the
+scripts; what is learned from them says nothing about radiographs. Boxes have the challenge's sizes,
+but 40 % of the images are positive (22.5 % there), so that a small sample has enough to learn from.
 """
 
 import functools
@@ -23,22 +27,29 @@ from pathlib import Path
 
 import numpy as np
 from numpy.random import Generator, default_rng
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from pydicom import Dataset, config
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGBaseline8Bit, SecondaryCaptureImageStorage, generate_uid
 
 import cli
+import release
 
 IMAGES = cli.TRAIN_IMAGES, cli.TEST_IMAGES
 TABLES = cli.LABELS, cli.CLASSES, cli.TEST_LABELS
+# of RSNA's own release; the name of its image folder varies
+RELEASE_IMAGES = "mdai_rsna_project_phantoms_images"
+RELEASE_FILES = (
+    "pneumonia-challenge-annotations-adjudicated-kaggle_2018.json",
+    "pneumonia-challenge-dataset-mappings_2018.json", cli.SUBMISSION)
 COLUMNS = "patientId", "x", "y", "width", "height", "Target", "class"
 SIDE, CELL = cli.IMAGE_SIDE, 4  # pixels a side of an image, and of a cell of the drawing grid
 # middle of each cell, (G, G) with G = SIDE / CELL = 256
 ROW, COLUMN = np.mgrid[:SIDE // CELL, :SIDE // CELL].astype(np.float32) + 0.5
 OPACITY, NORMAL, OTHER = "Lung Opacity", "Normal", "No Lung Opacity / Not Normal"
+READER = "Team 1"  # label group of single readers, whose boxes are not the truth
 CLASSES = 4 * [OPACITY] + 3 * [NORMAL] + 3 * [OTHER]  # of ten images in a row
-FINDINGS = "nodules", "large heart", "raised diaphragm", "effusion", "interstitial", "pacemaker"
+FINDINGS = "nodules", "large heart", "raised diaphragm", "effusion", "interstitial"
 FINDING_ODDS = {NORMAL: 0, OPACITY: 0.3, OTHER: 1}
 # the challenge's: share of the positive images with 1, 2, 3 and 4 boxes; headers
 BOX_COUNTS = np.array([2614, 3266, 119, 13]) / 6012
@@ -187,42 +198,25 @@ def opacity_fields(rng: Generator, lungs: np.ndarray) -> np.ndarray:
     return rng.permutation(lungs)[:count]
 
 
-def draw_objects(rng: Generator, findings: set[str], view: str) -> np.ndarray:
-    """Side letter, electrode wires and pacemaker as brightness to add, uint8 (SIDE, SIDE)."""
-    canvas = Image.new("L", (SIDE // 2, SIDE // 2))
-    draw = ImageDraw.Draw(canvas)
-    has_wires = rng.random() < (0.6 if view == "AP" else 0.1)
-    for _ in range(rng.integers(1, 4) if has_wires else 0):
-        start, bend, end = rng.uniform([120, 0], [400, 420], (3, 2))
-        steps = np.linspace(0, 1, 30)[:, None]
-        curve = start + steps * (end - start) + np.sin(np.pi * steps) * (bend - start) / 3
-        draw.line(curve.ravel().tolist(), fill=60, width=2)
-    if "pacemaker" in findings:
-        left, top = rng.uniform([330, 100], [380, 140])
-        lead = [(left + 10, top + 20), (290, 170), (270, 250), (310, 340)]
-        draw.line(lead, fill=90, width=3, joint="curve")
-        draw.rounded_rectangle([left, top, left + 50, top + 40], radius=10, fill=110)
-    if rng.random() < 0.7:
-        corner = rng.uniform([25, 20], [60, 90])
-        draw.text(corner, "R", fill=150, font=ImageFont.load_default(rng.integers(24, 44)))
-    return np.asarray(canvas.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
-
-
-def draw_patient(rng: Generator, label: str, view: str) -> tuple[np.ndarray, list[list[float]]]:
-    """A phantom, uint8 (SIDE, SIDE) with air dark, and its boxes [[x, y, w, h], ...] in pixels."""
+def draw_findings(rng: Generator, label: str) -> set[str]:
+    """What else a chest shows whose first image has this class."""
     count = rng.integers(1, 3) if rng.random() < FINDING_ODDS[label] else 0
-    findings = set(rng.choice(FINDINGS, count, replace=False).tolist())
-    image, lungs = draw_chest(rng, findings)
+    return set(rng.choice(FINDINGS, count, replace=False).tolist())
+
+
+def draw_image(rng: Generator, image: np.ndarray, fields: np.ndarray,
+               ) -> tuple[np.ndarray, list[list[float]]]:
+    """A phantom, uint8 (SIDE, SIDE) with air dark, of a chest (G, G) with an opacity in each of the
+    fields (n, G, G), and its boxes [[x, y, w, h], ...] in pixels."""
     boxes = []
-    for field in opacity_fields(rng, lungs) if label == OPACITY else ():
+    for field in fields:
         patch, box = draw_opacity(rng, field)
         image = image + rng.uniform(0.14, 0.36) * patch
         boxes.append(box)
     black, contrast, gamma = rng.uniform(0, 25), rng.uniform(190, 240), rng.uniform(0.75, 1.3)
-    image = black + contrast * np.clip(image, 0, 1) ** gamma
-    image = resize(image, SIDE) + draw_objects(rng, findings, view)
+    image = resize(black + contrast * np.clip(image, 0, 1) ** gamma, SIDE)
     grain = rng.integers(256, size=(SIDE, SIDE), dtype=np.uint8)
-    image += np.float32(rng.uniform(3, 12) / 128) * (grain - np.float32(127.5))
+    image = image + np.float32(rng.uniform(3, 12) / 128) * (grain - np.float32(127.5))
     return np.clip(image, 0, 255).astype(np.uint8), boxes
 
 
@@ -241,10 +235,7 @@ def make_header(rng: Generator, patient_id: str, view: str) -> Dataset:
     header = Dataset()
     header.ensure_file_meta()
     header.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
-    header.update(HEADER)
-    header.StudyInstanceUID = generate_uid(entropy_srcs=[patient_id, "study"])
-    header.SeriesInstanceUID = generate_uid(entropy_srcs=[patient_id, "series"])
-    header.SOPInstanceUID = generate_uid(entropy_srcs=[patient_id, "image"])
+    header.update(HEADER | uids_of(patient_id))
     header.PatientID = header.PatientName = patient_id
     header.PatientAge = str(age)
     header.PatientSex = str(rng.choice(["M", "F"]))
@@ -254,28 +245,60 @@ def make_header(rng: Generator, patient_id: str, view: str) -> Dataset:
     return header
 
 
+def uids_of(patient_id: str) -> dict[str, str]:
+    """The DICOM UIDs of an image, which is a study of its own."""
+    names = {"StudyInstanceUID": "study", "SeriesInstanceUID": "series", "SOPInstanceUID": "image"}
+    return {key: generate_uid(entropy_srcs=[patient_id, name]) for key, name in names.items()}
+
+
 def patient_id_of(seed: int, split: int, index: int) -> str:
     """Id of image `index` of split 0 (training) or 1 (test); looks like the challenge's."""
     return str(uuid.UUID(bytes=default_rng([seed, split, index]).bytes(16), version=4))
 
 
-def write_patient(index: int, *, folder: Path, seed: int, split: int) -> tuple[str, str, list]:
+def first_image(index: int) -> int:
+    """Index of the first image of the chest that image `index` shows: a fifth of the chests have a
+    second image, three later."""
+    return index - 3 if index % 6 == 5 else index
+
+
+def patient_number(split: int, index: int) -> int:
+    """Number of the patient in an image, as NIH might give it."""
+    return 10_000 * (split + 1) + first_image(index)
+
+
+def write_patient(index: int, *, folder: Path, seed: int, split: int,
+                  layout: str) -> tuple[str, str, list]:
     """Writes one DICOM file, which depends on these numbers alone; returns id, class and boxes."""
-    rng = default_rng([seed, split, index, 1])
+    rng, first = default_rng([seed, split, index, 1]), first_image(index)
+    chest_rng = default_rng([seed, split, first, 2])
     patient_id, label = patient_id_of(seed, split, index), CLASSES[index % len(CLASSES)]
+    findings = draw_findings(chest_rng, CLASSES[first % len(CLASSES)])
+    if first != index and label != OPACITY:
+        label = OTHER if findings else NORMAL
     view = "AP" if rng.random() < (0.78 if label == OPACITY else 0.36) else "PA"
-    image, boxes = draw_patient(rng, label, view)
-    dataset = make_header(rng, patient_id, view)
+    chest, lungs = draw_chest(chest_rng, findings)
+    fields = opacity_fields(rng, lungs) if label == OPACITY else lungs[:0]
+    image, boxes = draw_image(rng, chest, fields)
+    dataset = make_header(chest_rng, patient_id, view)
+    if index % 6 in (2, 5):  # chests of two images; in the challenge PatientID repeats the id
+        dataset.PatientID = dataset.PatientName = str(patient_number(split, index))
     dataset.PixelData = encapsulate([encode_jpeg(image)])
-    dataset.save_as(folder / f"{patient_id}.dcm", enforce_file_format=True)
+    path = folder / f"{patient_id}.dcm"
+    if layout == "rsna":
+        dataset.PatientID = dataset.PatientName = str(uuid.uuid5(uuid.NAMESPACE_OID, patient_id))
+        study, series, image = uids_of(patient_id).values()
+        path = folder / study / series / f"{image}.dcm"
+        path.parent.mkdir(parents=True)
+    dataset.save_as(path, enforce_file_format=True)
     return patient_id, label, boxes
 
 
-def write_images(
-        folder: Path, count: int, *, seed: int, split: int) -> list[tuple[str, str, list]]:
-    """Writes `count` images into a new folder; returns their ids, classes and boxes."""
-    folder.mkdir()
-    write = functools.partial(write_patient, folder=folder, seed=seed, split=split)
+def write_images(folder: Path, count: int, *, seed: int, split: int,
+                 layout: str = "kaggle") -> list[tuple[str, str, list]]:
+    """Writes `count` images into a folder; returns their ids, classes and boxes."""
+    folder.mkdir(exist_ok=True)
+    write = functools.partial(write_patient, folder=folder, seed=seed, split=split, layout=layout)
     # threads: NumPy and Pillow release the interpreter's lock, and a pool of processes would need
     # /dev/shm, which a container may lack; pydicom's switch, for the DS that is too long, is global
     with config.disable_value_validation(), ThreadPoolExecutor(cli.usable_cores()) as pool:
@@ -298,15 +321,42 @@ def write_tables(folder: Path, patients: list, new_patients: list) -> None:
     cli.write_csv(new_labels, [row[:-1] for row in table_rows(new_patients)])
 
 
+def write_release(folder: Path, patients: list, new_patients: list) -> None:
+    """Writes the annotations in the form of MD.ai's export, the mapping to the ids and to patients
+    named like NIH's, and the sample submission."""
+    groups = {group: {name: f"L_{group}_{name}" for name in (OPACITY, OTHER, NORMAL)}
+              for group in (release.TRUTH, READER)}
+    annotations = [
+        {**uids_of(patient_id), "labelId": labels[label], "width": SIDE, "height": SIDE,
+         "data": box and dict(zip(COLUMNS[1:5], np.add(box, 10 * (group == READER)).tolist()))}
+        for patient_id, label, boxes in patients + new_patients
+        for group, labels in groups.items() for box in boxes or [None]]
+    annotations.append({"labelId": "L_question", "data": None})  # on a study, not on an image
+    project = {"name": "Phantoms", "labelGroups": [
+        {"name": group, "labels": [{"id": key, "name": name} for name, key in labels.items()]}
+        for group, labels in groups.items()], "datasets": [{"annotations": annotations}]}
+    mapping = [{"subset_img_id": patient_id, **uids_of(patient_id),
+                "img_id": f"{patient_number(split, index):08d}_{index:03d}.png"}
+               for split, images in enumerate((patients, new_patients))
+               for index, (patient_id, *_) in enumerate(images)]
+    annotations_path, mapping_path, submission = (folder / name for name in RELEASE_FILES)
+    cli.write_text(annotations_path, json.dumps(project))
+    cli.write_text(mapping_path, json.dumps(mapping))
+    cli.write_csv(submission, [("patientId", "PredictionString"),
+                               *sorted((patient_id, "") for patient_id, *_ in new_patients)])
+
+
 def remove_earlier(folder: Path) -> None:
     """Removes what an earlier run made; raises InputError, removing nothing, if sample_data.py did
     not make the folder or images were added to it."""
     try:
         made = json.loads((folder / cli.MARKER).read_text())
-        counts = {cli.TRAIN_IMAGES: made["train"], cli.TEST_IMAGES: made["test"]}
+        counts = {cli.TRAIN_IMAGES: made["train"], cli.TEST_IMAGES: made["test"],
+                  RELEASE_IMAGES: made["train"] + made["test"]}
     except (OSError, ValueError, KeyError, TypeError):
         counts = {}
-    paths = [folder / name for name in IMAGES + TABLES if os.path.lexists(folder / name)]
+    names = *IMAGES, *TABLES, RELEASE_IMAGES, *RELEASE_FILES
+    paths = [folder / name for name in names if os.path.lexists(folder / name)]
     for path in paths:
         more = path.is_dir() and len(list(path.glob("[!.]*"))) > counts.get(path.name, 0)
         cli.refuse_if(not counts or more or path.is_symlink(),
@@ -330,6 +380,8 @@ def make_parser() -> cli.Parser:
         help="number of test images (default: %(default)s)")
     add("--seed", type=cli.bounded(0, math.inf, int), default=42,
         help="the same seed gives the same data (default: %(default)s)")
+    add("--layout", choices=["kaggle", "rsna"], default="kaggle",
+        help="Kaggle's files, or those of RSNA's own release (default: %(default)s)")
     return parser
 
 
@@ -341,9 +393,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     remove_earlier(folder)
     made = {"train": args.train, "test": args.test, "seed": args.seed}
     cli.write_text(folder / cli.MARKER, json.dumps(made))
-    patients = write_images(folder / cli.TRAIN_IMAGES, args.train, seed=args.seed, split=0)
-    new_patients = write_images(folder / cli.TEST_IMAGES, args.test, seed=args.seed, split=1)
-    write_tables(folder, patients, new_patients)
+    folders, write = IMAGES, write_tables
+    if args.layout == "rsna":
+        folders, write = 2 * [RELEASE_IMAGES], write_release
+    patients, new_patients = (
+        write_images(folder / name, count, seed=args.seed, split=split, layout=args.layout)
+        for split, (name, count) in enumerate(zip(folders, (args.train, args.test))))
+    write(folder, patients, new_patients)
     counts = [len(boxes) for _, _, boxes in patients if boxes]
     is_default = args.output == cli.default_path("TRAINML_DATA_PATH")
     hint = "" if is_default else f", with TRAINML_DATA_PATH={folder}"

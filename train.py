@@ -27,6 +27,7 @@ from dataset import PneumoniaDataset, find_labelled
 from engine import Start, Training, evaluate, train_one_epoch, training_loader
 from metrics import Thresholds, choose_thresholds
 from model import PneumoniaUNET, Runtime
+from release import image_folder
 from results import Records, result_paths
 
 OPTIMIZERS = {  # class, devices with a fused form since PyTorch 2.6, default overrides
@@ -51,7 +52,8 @@ CHANGEABLE = ("epochs", "train_threshold", "save_images", "box_threshold", "gate
 def make_parser() -> cli.Parser:
     parser = cli.Parser(__doc__.splitlines()[0])
     parser.add_path("--data", "-d", kind="folder", help="folder of DICOM files",
-                    variable="TRAINML_DATA_PATH", part=cli.TRAIN_IMAGES)
+                    variable="TRAINML_DATA_PATH",
+                    part=image_folder())
     parser.add_path("--labels", "-l", kind="file", help="train.csv of these images",
                     variable="TRAINML_MODEL_PATH", part="train.csv",
                     written_by="python data_processing.py")
@@ -69,7 +71,7 @@ def make_parser() -> cli.Parser:
 def add_run_options(add: Callable) -> None:
     """Flags on how long a run is and what it is scored on."""
     add("--epochs", "-e", type=cli.bounded(1, math.inf, int), default=2,
-        help="passes over the training images (default: %(default)s)")
+        help="times that as many images are drawn as the training part has (default: %(default)s)")
     add("--debug", action=argparse.BooleanOptionalAction,
         help="a short run: 2 epochs of 50 steps, 100 images scored, no search (default: off)")
     add("--seed", "-s", type=cli.bounded(0, LARGEST_SEED, int), default=42,
@@ -156,6 +158,15 @@ def check_start(args: argparse.Namespace, start: Start) -> None:
                   f"{done}; give {done} or more")
 
 
+def tell_jump(epochs: int, state: dict) -> None:
+    """Says how the learning rate changes if a run continues with another number of epochs."""
+    planned, done = state["args"]["epochs"], len(state["history"])
+    if epochs != planned:
+        print(f"--epochs {epochs}: the run was planned for {planned}, so after its {done} epochs "
+              "the learning rate does not go on where it stood, but where a run of "
+              f"{epochs} epochs would be")
+
+
 def check_flags(args: argparse.Namespace) -> None:
     """Refuses flags that would have no effect or do not go together."""
     cli.refuse_if(args.momentum is not None and args.optimizer != "sgd",
@@ -172,14 +183,19 @@ def check_flags(args: argparse.Namespace) -> None:
 # What a run is built from
 
 
-def build_data(args: argparse.Namespace) -> tuple[PneumoniaDataset, dict[str, list[int]]]:
-    """The data set and the indices of its parts, which --debug makes smaller."""
+def build_data(args: argparse.Namespace,
+               start: Start = Start()) -> tuple[PneumoniaDataset, dict[str, list[int]]]:
+    """The data set and the indices of its parts, which --debug makes smaller. A run that continues
+    keeps the parts that it began with."""
     limits = {"training": DEBUG_STEPS * args.batch_size, "validation": DEBUG_IMAGES,
               "test": DEBUG_IMAGES}
     labelled = find_labelled(Path(args.data), Path(args.labels),
                              result_paths(Path(args.save), Path(args.data)))
-    parts = labelled.split(seed=args.seed, folds=args.folds, fold=args.fold,
-                           limits=limits if args.debug else {})
+    if start.continues:
+        parts = labelled.split_as(start.split())
+    else:
+        parts = labelled.split(seed=args.seed, folds=args.folds, fold=args.fold,
+                               limits=limits if args.debug else {})
     return labelled.load(parts, rescale_factor=args.rescale_factor, workers=args.workers)
 
 
@@ -251,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(args.seed)
     model = start.model or build_model(args)
     Records.check_disk(Path(args.save), model)
-    dataset, parts = parallel.once(partial(build_data, args), runtime)
+    dataset, parts = parallel.once(partial(build_data, args, start), runtime)
     print(" and ".join(f"{len(part)} {name}" for name, part in parts.items()), "images")
     train_loader = training_loader(dataset, parts["training"], args.batch_size, runtime)
     laps.append(time.monotonic())
@@ -260,6 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     training = build_training(model, train_loader, args, runtime)
     if start.continues:
         training.load_state_dict(start.state)
+        tell_jump(args.epochs, start.state)
 
     # 3. epochs
     thresholds = build_thresholds(args)
@@ -291,8 +308,8 @@ def fit(training: Training, score: Callable, thresholds: Thresholds, args: argpa
         evaluation = score([thresholds.box])
         scores = training.add_epoch(train_loss, evaluation.summarize(thresholds))
         if records:
-            records.save_epoch(thresholds)
             records.log_epoch(evaluation, thresholds, speed)
+            records.save_epoch(thresholds)
         print(f"epoch {epoch}/{args.epochs}: loss {train_loss:.4f}, validation loss "
               f"{scores['loss']:.4f}, RSNA mAP {scores['rsna']:.4f}, total AP "
               f"{scores['total']:.4f}, AUC {scores['auc']:.4f}, {speed:.1f} images/s")

@@ -6,10 +6,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .dicom import NOT_DICOM, is_dicom, reason_of
+from .dicom import is_dicom, start_of
+from .errors import NOT_DICOM, reason_of
+from .pictures import other_kind
 
 DICOM_SUFFIXES = {"", ".dcm", ".dicom", ".dic", ".ima"}  # and numbers; other files are opened
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff"}
 Found = tuple[dict[str, Path], list[tuple[Path, str]]]  # {patient_id: path}, [(skipped, reason)]
 
 
@@ -142,7 +144,8 @@ def _refusal(path, look_inside):
         if not stat.S_ISREG(os.stat(path).st_mode):
             return "is not a regular file"
         if look_inside or (suffix not in DICOM_SUFFIXES and not suffix[1:].isdigit()):
-            return None if is_dicom(path) else NOT_DICOM
+            start = start_of(path)
+            return None if is_dicom(start) else other_kind(start) or NOT_DICOM
     except OSError as error:
         gone = isinstance(error, FileNotFoundError) and path.is_symlink()
         return "is a link to nothing" if gone else reason_of(error)

@@ -23,8 +23,8 @@ from queue import SimpleQueue
 from threading import Lock
 from typing import Any, NamedTuple
 
-from .dicom import UnreadableImage, read_radiograph, reason_of
-from .greyscale import ImageWarning
+from .dicom import read_radiograph
+from .errors import ImageWarning, UnreadableImage, reason_of
 
 TIME_LIMIT = 20  # seconds of CPU time for one file; MAX_PIXELS of JPEG 2000 take 6 on a server
 WAIT_LIMIT = 300  # wall-clock seconds, for a reader that hangs without using the CPU
@@ -67,7 +67,8 @@ def _reading_of(function, path, caught):
     except Exception:
         problem = "was not read because of an internal error; its traceback is on stderr"
         return Reading(problem=problem, trace=traceback.format_exc())
-    return Reading(value, note="; ".join(str(warning.message) for warning in caught))
+    notes = dict.fromkeys(str(warning.message) for warning in caught)
+    return Reading(value, note="; ".join(notes))
 
 
 def _limit_time(seconds):
@@ -110,7 +111,7 @@ _starting = Lock()  # no reader may inherit the child's end of another reader's 
 
 class ReaderPool:
     """Processes that call `function` on the items they are sent, each for one caller at a time. Any
-    thread may call, and waits for an idle reader; a reader that dies is replaced.
+    thread may call, and waits for an idle reader; one that died is replaced when it is needed.
 
     The function raises UnreadableImage for a file that it cannot read, and issues an ImageWarning
     about what it ignores.
@@ -119,9 +120,9 @@ class ReaderPool:
     def __init__(self, function: Callable[[Any], Any], readers: int):
         self.function, self.readers = function, readers
         self.started = []
-        self.idle = SimpleQueue()  # of (process, connection)
+        self.idle = SimpleQueue()  # of (process, connection), or of None for a reader to be started
         for _ in range(readers):
-            self._start()
+            self.idle.put(self._start())
         self.threads = ThreadPoolExecutor(readers)  # for calls in the background
 
     def _start(self):
@@ -134,24 +135,34 @@ class ReaderPool:
             process.start()
             theirs.close()
             self.started.append(process)
-        self.idle.put((process, ours))
+        return process, ours
 
-    def _replace(self, process, connection):
-        """Kills a reader and starts another; returns the exit code."""
+    def _end(self, process, connection):
+        """Kills a reader, so that another starts when it is needed; returns the exit code."""
         connection.close()
         with _starting:
             process.kill()
             process.join()
             self.started.remove(process)
-        self._start()
+        self.idle.put(None)
         return process.exitcode
 
+    def _take(self):
+        """An idle reader; if none can be started now, one may be later."""
+        reader = self.idle.get()
+        while reader and reader[1].poll():  # nothing was sent yet, so this reader is dead
+            self._end(*reader)
+            reader = self.idle.get()
+        try:
+            return reader or self._start()
+        except BaseException:
+            self.idle.put(None)
+            raise
+
     def _read_chunk(self, chunk):
-        """A Reading of each item, or the problem that ended their reader."""
-        process, connection = self.idle.get()
-        while connection.poll():  # nothing was sent yet, so this reader is dead
-            self._replace(process, connection)
-            process, connection = self.idle.get()
+        """A Reading of each item, or the problem that ended their reader. Raises OSError or
+        MemoryError if no reader can be started."""
+        process, connection = self._take()
         problem = f"took more than {WAIT_LIMIT} seconds to read"
         try:
             connection.send(chunk)
@@ -159,9 +170,9 @@ class ReaderPool:
                 readings = connection.recv()
                 self.idle.put((process, connection))
                 return readings
-        except (EOFError, OSError):
+        except (EOFError, OSError, MemoryError):
             problem = "crashed its decoder"
-        if -self._replace(process, connection) == getattr(signal, "SIGPROF", None):
+        if -self._end(process, connection) == getattr(signal, "SIGPROF", None):
             problem = f"took more than {TIME_LIMIT} seconds of CPU time to decode"
         return problem
 

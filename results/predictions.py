@@ -3,7 +3,7 @@ from which the next run goes on."""
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,14 +13,14 @@ import numpy as np
 import cli
 import metrics
 import parallel
-from data_processing import Labels
+from data_processing import Labels, check_boxes
 from model import Runtime
 from radiographs import Reading, patient_id_of
 
 from .curves import draw_scores
 from .drawing import Overlay, make_overlay
 from .layout import picture_path, report_names
-from .report import Row, write_report
+from .report import Row, score_lines, write_report
 
 JOURNAL = ".unfinished-{}.jsonl"  # of each process; a search for radiographs ignores hidden files
 
@@ -33,6 +33,7 @@ class Prediction(NamedTuple):
     boxes: str = ""  # "confidence x y width height ..." in pixels of the original image
     scores: Sequence[float] = ()  # of a labelled image, at Thresholds.and_curve()
     is_fault: bool = False  # whether it was skipped because the network or this code is at fault
+    size: Sequence[int] = ()  # (height, width) of an image in pixels
     stamp: Sequence[int] | None = None  # stamp_of the file
 
     def __str__(self):
@@ -62,9 +63,10 @@ class Predictions:
 
     def __init__(self, folder: Path, found: tuple[dict[str, Path], list[tuple[Path, str]]],
                  runtime: Runtime, *, settings: dict[str, Any], thresholds: metrics.Thresholds,
-                 labels: Labels):
+                 labels: Labels, trained_on: Collection[str] = ()):
         self.folder, self.runtime = folder, runtime
         self.thresholds, self.labels = thresholds, labels
+        self.trained_on = trained_on  # ids of images that are not scored
         self.files, left_out = found
         self.left_out = [Prediction.skipped(patient_id_of(path), path, reason)
                          for path, reason in left_out]
@@ -125,7 +127,8 @@ class Predictions:
                 mask, overlay.original_size, overlay.truth, self.thresholds.and_curve(),
                 self.thresholds.size_weight)
             row = Row.of(overlay)._replace(remark=reading.note)
-            made = Prediction(patient_id, str(path), row, boxes, scores, **options)
+            made = Prediction(patient_id, str(path), row, boxes, scores,
+                              size=overlay.original_size, **options)
         self.made[patient_id] = made
         self._log(made)
         return overlay
@@ -196,17 +199,17 @@ class Predictions:
         found = sum(one.row.outcome == "found" for one in predicted)
         summary = (f"images predicted: {len(predicted)}, with opacities: {found}; "
                    f"files skipped: {len(skipped)}")
-        score_lines, page, plot = [], *report_names(self.folder)
+        lines, page, plot = [], *report_names(self.folder)
         if self.left:  # the run ends early
             summary = f"{self._summarize_part()}; {summary}"
         else:
             self._compare_labels(predicted)
-            score_lines = self._score(predicted, self.folder / plot)
+            lines = self._score(predicted, self.folder / plot)
         write_report(self.folder / page, [one.row for one in (*predicted, *skipped)],
-                     lines=[str(self.thresholds), summary, *score_lines],
+                     lines=[str(self.thresholds), summary, *lines],
                      pictures=self.pictures and self.pictures.name,
-                     plots=[plot] if score_lines else [])
-        print(f"{summary}; see {self.folder / page}", *score_lines, sep="\n")
+                     plots=[plot] if len(lines) > 1 else [])
+        print(f"{summary}; see {self.folder / page}", *lines, sep="\n")
 
     def _summarize_part(self):
         return (f"partial: {len(self.made)} of {len(self.files)} files are done, and the same "
@@ -242,18 +245,28 @@ class Predictions:
             cli.warn("images have no label and are not scored", sorted(ids - labelled))
 
     def _score(self, predicted, plot):
-        """Draws the scores; returns them as lines of text, none without labels."""
+        """Draws the scores of images that the model was not trained on; returns lines of text on
+        them, none without labels."""
         labelled = [one for one in predicted if one.scores]
-        if not labelled:
-            return []
+        try:
+            check_boxes(self.labels.boxes, {one.patient_id: one.size for one in labelled})
+        except cli.InputError as error:
+            return [f"not scored: {error}"]
+        scored = [one for one in labelled if one.patient_id not in self.trained_on]
+        lines = []
+        if len(scored) < len(labelled):
+            lines = ["images that the model was trained on, so not scored: "
+                     f"{len(labelled) - len(scored)}"]
+        if not scored:
+            return lines
         evaluation = metrics.Evaluation(
             loss=float("nan"), box_thresholds=self.thresholds.and_curve(),
-            confidences=np.array([one.row.confidence for one in labelled]),
-            positive=np.array([one.row.true_boxes > 0 for one in labelled]),
-            views=np.array([self.labels.views[one.patient_id] for one in labelled]),
-            scores=np.array([one.scores for one in labelled]))
+            confidences=np.array([one.row.confidence for one in scored]),
+            positive=np.array([one.row.true_boxes > 0 for one in scored]),
+            views=np.array([self.labels.views.get(one.patient_id, "") for one in scored]),
+            scores=np.array([one.scores for one in scored]))
         draw_scores(plot, evaluation, self.thresholds)
-        return metrics.score_lines(evaluation.summarize(self.thresholds), len(labelled))
+        return lines + score_lines(evaluation.summarize(self.thresholds), len(scored))
 
 
 def _json_lines(path):

@@ -1,7 +1,6 @@
 """What a training run keeps in its folder: checkpoints, from which it can continue, TensorBoard
 logs, split.csv, metrics.json, and report.html with its pictures."""
 
-import csv
 import json
 import math
 import platform
@@ -9,7 +8,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,13 @@ from torch import nn
 import cli
 from dataset import PneumoniaDataset
 from engine import Training
-from metrics import Evaluation, Thresholds, score_lines
+from metrics import Evaluation, Thresholds
 from model import Runtime, save_checkpoint
 from radiographs import Radiograph, Reading, read_images
 
 from .curves import draw_history, draw_scores
 from .drawing import IMAGE_SIZE, Overlay, draw_overlay, make_overlay, picture_writer
-from .report import Row, write_report
+from .report import Row, score_lines, write_report
 
 METRIC_NAMES = {  # in metrics.json and final.pth.tar, of what metrics.summarize returns
     "rsna": "rsna_mean_average_precision", "rsna_standard_error": "rsna_standard_error",
@@ -48,21 +47,40 @@ class Records:
 
     def __init__(self, folder: Path, settings: dict[str, Any], training: Training,
                  dataset: PneumoniaDataset, parts: dict[str, list[int]]):
-        from torch.utils.tensorboard import (
-            SummaryWriter,  # takes a second, of which predict.py none
-        )
+        # imported on use: predict.py and endpoint.py start faster without them
+        from filelock import FileLock, Timeout
+        from torch.utils.tensorboard import SummaryWriter
 
+        self.lock = FileLock(folder / ".training.lock", timeout=0)
+        try:
+            self.lock.acquire()
+        except Timeout:
+            raise cli.InputError(f"another training is writing to {folder}: wait for its end, or "
+                                 "give another folder with --save") from None
         self.folder, self.settings, self.training = folder, settings, training
         self.dataset, self.parts = dataset, parts
         self.history = training.history
-        if (folder / "final.pth.tar").exists():
-            print(f"{folder / 'final.pth.tar'} is from an earlier run and will be replaced when "
-                  "this one ends")
+        if not self.history and any(folder.glob("*.pth.tar")):
+            print(f"{folder} holds the checkpoints of an earlier run, which this one replaces")
         self._write_split()
-        next_step = training.scheduler.last_epoch + 1
-        self.writer = SummaryWriter(folder / "logs", purge_step=next_step)
-        self.writer.add_custom_scalars_multilinechart(
-            ["loss/train", "loss/validation"], "loss", "both")
+        self.writer = None
+        with self._unless_logs_fail():
+            next_step = training.scheduler.last_epoch + 1
+            self.writer = SummaryWriter(folder / "logs", purge_step=next_step)
+            self.writer.add_custom_scalars_multilinechart(
+                ["loss/train", "loss/validation"], "loss", "both")
+
+    @contextmanager
+    def _unless_logs_fail(self):
+        """An error in the block ends TensorBoard's logs, with a warning, but not the run, unless
+        the disk itself is at fault."""
+        try:
+            yield
+        except Exception as error:  # of TensorBoard's many parts
+            if isinstance(error, OSError) and error.errno in cli.DISK_ERRORS:
+                raise
+            print(f"warning: no more logs for TensorBoard: {type(error).__name__}: {error}")
+            self.writer = None
 
     @staticmethod
     def check_disk(folder: Path, model: nn.Module) -> None:
@@ -86,18 +104,19 @@ class Records:
                 name: self.settings[name] for name in ("data", "labels", "save")}
             print("continue with: python train.py",
                   *(f"--{name} {shlex.quote(str(path))}" for name, path in flags.items()))
-        self.writer.close()
+        if self.writer:
+            self.writer.close()
+        self.lock.release()
 
     def _write_split(self):
-        """Writes split.csv: which part each image belongs to. A run that continues takes along the
-        files beside its checkpoint, and warns of images that were in another part before."""
-        rows = [(self.dataset.patient_ids[index], name)
+        """Writes split.csv: which part each image belongs to, and a number for its patient. A run
+        that continues takes along the files beside its checkpoint."""
+        numbers = {name: number for number, name in enumerate(sorted(set(self.dataset.patients)))}
+        rows = [(self.dataset.patient_ids[index], name, numbers[self.dataset.patients[index]])
                 for name, part in self.parts.items() for index in part]
         if self.history:
-            checkpoint = Path(self.settings["checkpoint"])
-            self._take_along(checkpoint)
-            _compare_split(checkpoint.with_name("split.csv"), rows)
-        cli.write_csv(self.folder / "split.csv", [("patientId", "split"), *rows])
+            self._take_along(Path(self.settings["checkpoint"]))
+        cli.write_csv(self.folder / "split.csv", [("patientId", "split", "patient"), *rows])
 
     def _take_along(self, checkpoint):
         """If a run continues in another folder than that of its `checkpoint`, copies this file and
@@ -115,13 +134,20 @@ class Records:
 
     def log_steps(self, last_step: int, losses: Sequence[float], learning_rate: float) -> None:
         """Logs the losses of the steps up to `last_step`, and the learning rate there."""
-        for step, loss in enumerate(losses, last_step - len(losses) + 1):
-            self.writer.add_scalar("steps/loss", loss, step)
-        self.writer.add_scalar("steps/learning_rate", learning_rate, last_step)
+        if self.writer:
+            with self._unless_logs_fail():
+                for step, loss in enumerate(losses, last_step - len(losses) + 1):
+                    self.writer.add_scalar("steps/loss", loss, step)
+                self.writer.add_scalar("steps/learning_rate", learning_rate, last_step)
 
     def log_epoch(self, evaluation: Evaluation, thresholds: Thresholds, speed: float) -> None:
         """Logs the last epoch of the history: its figures, the decision on the image as a
         precision-recall curve, and pictures of validation images with opacities."""
+        if self.writer:
+            with self._unless_logs_fail():
+                self._log_epoch(evaluation, thresholds, speed)
+
+    def _log_epoch(self, evaluation, thresholds, speed):
         scores, epoch = self.history[-1], len(self.history)
         tags = {"loss/train": scores["train_loss"], "loss/validation": scores["loss"],
                 "precision/rsna": scores["rsna"], "precision/total": scores["total"],
@@ -168,8 +194,12 @@ class Records:
         self._report(thresholds, scored, lines)
         scores = {f"final/{name}": figures[name] for name in ("rsna", "total", "auc")}
         compared = {key: str(self.settings[key]) for key in COMPARED}
-        self.writer.add_hparams(compared, scores, run_name=".")
+        if self.writer:
+            with self._unless_logs_fail():
+                self.writer.add_hparams(compared, scores, run_name=".")
         sizes = {f"{name}_images": len(part) for name, part in self.parts.items()}
+        sizes |= {f"{name}_patients": len({self.dataset.patients[index] for index in part})
+                  for name, part in self.parts.items()}
         ends = pairwise([*laps, time.monotonic()])
         cli.write_text(self.folder / "metrics.json", json.dumps({
             **_rename(figures), **thresholds.stored(), **sizes,
@@ -218,17 +248,6 @@ def overlays(model: nn.Module, dataset: PneumoniaDataset, indices: Sequence[int]
                 radiograph = reading.value or Radiograph(image, dataset.original_sizes[index])
                 yield make_overlay(dataset.patient_ids[index], radiograph, mask, thresholds,
                                    dataset.boxes[index])
-
-
-def _compare_split(path, rows):
-    """Warns of rows (id, part) that are not in the split.csv at `path`, if it is there."""
-    if not path.exists():
-        return
-    with open(path, newline="", encoding="utf-8") as file:
-        before = dict(csv.reader(file))
-    cli.warn("images are new or have moved to another part, because the data have changed since "
-             "the run began, so its scores may include images it was trained on",
-             [patient_id for patient_id, name in rows if before.get(patient_id) != name])
 
 
 def _rename(figures):

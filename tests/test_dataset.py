@@ -164,61 +164,91 @@ def test_internal_errors_are_not_blamed_on_the_images(tmp_path, monkeypatch, cap
 
 
 LABELS = {f"id{i:03}": i % 4 == 0 for i in range(200)}
+PATIENTS = {key: f"patient {index % 90}" for index, key in enumerate(LABELS)}
 
 
-def split(positive, **options):
-    """The parts of radiographs of which some have a box."""
-    boxes = {key: [[1, 2, 3, 4]] * value for key, value in positive.items()}
-    return ds.Labelled({}, Labels(boxes, dict.fromkeys(boxes, ""))).split(**options)
+def labels_of(positive, patients=()):
+    """Labels with a box for each id that is positive."""
+    boxes = {key: np.ones((int(value), 4)) for key, value in positive.items()}
+    return Labels(boxes, patients=dict(patients))
 
 
-def test_a_split_depends_on_ids_and_seed_and_not_on_their_order():
-    first = ds.split_patients(LABELS, seed=1)
-    again = ds.split_patients(dict(reversed(LABELS.items())), seed=1)
-    other = ds.split_patients(LABELS, seed=2)
-    assert first == again and first[1] != other[1]
+def split(positive, patients=(), **options):
+    return ds.Labelled({}, labels_of(positive, patients)).split(**options)
 
 
-def test_a_split_gives_every_id_to_one_part():
-    training, validation = ds.split_patients(LABELS, seed=1)
-    assert sorted(training + validation) == sorted(LABELS)
+def patients_in(ids):
+    return {PATIENTS[key] for key in ids}
 
 
-def test_a_split_takes_its_share_of_each_class():
-    _, validation = ds.split_patients(LABELS, seed=1)
-    assert len(validation) == 20 and sum(LABELS[key] for key in validation) == 5
+def test_a_split_depends_on_ids_patients_and_seed_and_not_on_their_order():
+    first, again, other = (ds.hold_out(labels_of(table, PATIENTS), seed) for table, seed in (
+        (LABELS, 1), (dict(reversed(LABELS.items())), 1), (LABELS, 2)))
+    assert first == again != other
 
 
-def test_a_fold_holds_the_ids_of_its_digest():
-    outside, test = ds.split_fold(LABELS, folds=3, fold=1)
-    expected = {key for key in LABELS if int(hashlib.md5(key.encode()).hexdigest(), 16) % 3 == 1}
-    assert set(test) == expected and sorted(outside + test) == sorted(LABELS)
+@pytest.mark.parametrize("folds", [None, 3, 5])
+def test_no_patient_is_in_two_parts_and_no_image_is_lost(folds):
+    for seed in range(10):
+        parts = split(LABELS, PATIENTS, seed=seed, folds=folds, fold=folds and seed % folds)
+        assert sorted(sum(parts.values(), [])) == sorted(LABELS)
+        named = [patients_in(ids) for ids in parts.values()]
+        assert sum(map(len, named)) == len(set.union(*named)) == 90
 
 
-def test_folds_share_no_id_and_leave_none_out():
-    folds = [ds.split_fold(LABELS, folds=3, fold=fold)[1] for fold in range(3)]
-    assert sorted(sum(folds, [])) == sorted(LABELS)
+def test_folds_have_the_same_size_and_share_of_opacities_as_far_as_whole_patients_allow():
+    for fold in ds.split_folds(labels_of(LABELS, PATIENTS), 5):
+        assert abs(len(fold) - 40) <= 2 and abs(sum(LABELS[key] for key in fold) - 10) <= 1
+
+
+def test_a_tenth_of_the_images_is_held_out_with_its_share_of_opacities():
+    for patients in ({}, PATIENTS):
+        held_out = ds.hold_out(labels_of(LABELS, patients), seed=1)
+        assert abs(len(held_out) - 20) <= 2 and abs(sum(LABELS[key] for key in held_out) - 5) <= 1
+
+
+def test_folds_follow_the_digest_of_the_patients_and_not_the_order_of_the_table():
+    folds, again = (ds.split_folds(labels_of(table, PATIENTS), 3) for table in (
+        LABELS, dict(reversed(LABELS.items()))))
+    first = min(PATIENTS.values(), key=lambda name: hashlib.md5(name.encode()).hexdigest())
+    assert folds == again and first in patients_in(folds[0])
+
+
+def test_an_image_without_a_patient_is_a_patient_of_its_own():
+    assert Labels({"a": ()}, patients={"b": "x"}).patient_of("a") == "a"
+
+
+def test_a_split_made_earlier_is_kept_and_other_images_are_named(capsys):
+    labelled = ds.Labelled(dict.fromkeys("abcd", None), labels_of(dict.fromkeys("abcd", True)))
+    before = {"a": "training", "c": "validation", "b": "training", "x": "training"}
+    parts = labelled.split_as(before)
+    assert parts == {"training": ["a", "b"], "validation": ["c"]}
+    out = capsys.readouterr().out
+    assert "are gone (1): x" in out and "are left out (1): d" in out
 
 
 def test_without_folds_there_are_two_parts():
     parts = split(LABELS, seed=1, folds=None, fold=None)
-    training, validation = ds.split_patients(LABELS, seed=1)
+    validation = ds.hold_out(labels_of(LABELS), seed=1)
+    training = sorted(LABELS.keys() - validation)
     assert parts == {"training": training, "validation": validation}
 
 
 def test_with_folds_training_and_validation_split_what_is_outside_the_fold():
     parts = split(LABELS, seed=1, folds=3, fold=1)
-    outside, test = ds.split_fold(LABELS, folds=3, fold=1)
+    test = ds.split_folds(labels_of(LABELS), 3)[1]
+    outside = LABELS.keys() - test
     assert parts["test"] == test
-    assert sorted(parts["training"] + parts["validation"]) == outside
+    assert set(parts["training"] + parts["validation"]) == outside
     assert len(parts["validation"]) == pytest.approx(len(outside) / 10, abs=1)
 
 
-@pytest.mark.parametrize("images, folds, part", [(10, 2, "validation"), (40, 200, "test")])
+@pytest.mark.parametrize("images, folds, part", [(2, 2, "training"), (40, 200, "test")])
 def test_a_fold_that_leaves_a_part_empty_is_refused(images, folds, part):
     labels = {str(number): number % 2 == 0 for number in range(images)}
-    with pytest.raises(InputError, match=f"--folds {folds} --fold 0 leave no image for {part}"):
-        split(labels, seed=1, folds=folds, fold=0)
+    last = folds - 1
+    with pytest.raises(InputError, match=f"--fold {last} leave no image for {part}"):
+        split(labels, seed=1, folds=folds, fold=last)
 
 
 LIMITS = {"training": 5, "test": 1}
@@ -241,7 +271,7 @@ def test_limits_above_the_size_of_a_part_change_nothing():
 
 
 def load(data, train_csv, output, limits=None):
-    labelled = ds.find_labelled(data, train_csv, output)
+    labelled = ds.find_labelled(data, train_csv, [output])
     parts = labelled.split(seed=42, limits=limits)
     return labelled.load(parts, rescale_factor=16, workers=2)
 
@@ -253,7 +283,7 @@ def images(phantoms):
 
 def test_all_labelled_images_are_loaded_in_two_parts(images, train_csv, tmp_path):
     dataset, parts = load(images, train_csv, tmp_path)
-    assert {name: len(part) for name, part in parts.items()} == {"training": 36, "validation": 4}
+    assert set(parts) == {"training", "validation"} and 3 <= len(parts["validation"]) <= 5
     assert sorted(parts["training"] + parts["validation"]) == list(range(40))
     assert len(dataset) == 40
     assert sum(len(boxes) > 0 for boxes in dataset.boxes) == 16
@@ -263,7 +293,7 @@ def test_all_labelled_images_are_loaded_in_two_parts(images, train_csv, tmp_path
 def test_limits_cut_the_parts_before_images_are_read(images, train_csv, tmp_path):
     whole, parts = load(images, train_csv, tmp_path)
     cut, fewer = load(images, train_csv, tmp_path, limits={"training": 5, "test": 1})
-    assert len(cut) == 9 and len(fewer["training"]) == 5
+    assert len(cut) == 5 + len(parts["validation"]) and len(fewer["training"]) == 5
     kept = {whole.patient_ids[index] for index in parts["training"]}
     assert {cut.patient_ids[index] for index in fewer["training"]} < kept
 

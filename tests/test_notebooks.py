@@ -44,6 +44,8 @@ def stored(request):
 def test_notebooks_run_top_to_bottom(phantoms, tmp_path, monkeypatch):
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.ipynb")]:
         shutil.copy(path, tmp_path)
+    for wing in ("radiographs", "results"):
+        shutil.copytree(ROOT / wing, tmp_path / wing)
     monkeypatch.setenv("TRAINML_DATA_PATH", str(phantoms))
     for name in NAMES:
         notebook = nbformat.read(tmp_path / name, as_version=4)
@@ -95,7 +97,8 @@ def test_notebooks_hold_no_paths_of_a_machine(stored):
 
 
 def test_notebooks_define_nothing_that_a_module_owns(stored):
-    owned = {node.name for path in ROOT.glob("*.py") for node in ast.parse(path.read_text()).body
+    owned = {node.name for path in [*ROOT.glob("*.py"), *ROOT.glob("r*s/*.py")]
+             for node in ast.parse(path.read_text()).body
              if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     tree = ast.parse("\n".join(cell.source for cell in code_cells(stored)))
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]

@@ -2,6 +2,7 @@
 not make."""
 
 import _multiprocessing
+import json
 import tempfile
 import uuid
 
@@ -151,7 +152,57 @@ def test_a_box_holds_its_opacity_and_two_have_a_lung_each():
             assert left + width <= right + 40
 
 
-@pytest.mark.parametrize("name", sample_data.IMAGES + sample_data.TABLES)
+@pytest.fixture(scope="module")
+def release_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("synthetic") / "release"
+    sample_data.main(["--train", str(TRAIN), "--test", str(TEST), "--layout", "rsna", "--output",
+                      str(folder)])
+    return folder
+
+
+def test_the_release_has_the_same_images_in_a_folder_for_each_study(folder, release_folder):
+    with config.disable_value_validation():
+        expected = {dataset.SOPInstanceUID: dataset
+                    for dataset in map(dcmread, folder.glob("*/*.dcm"))}
+        found = {path: dcmread(path) for path in release_folder.glob("mdai*/*/*/*.dcm")}
+    assert len(found) == len(expected) == TRAIN + TEST
+    for path, dataset in found.items():
+        same = expected[dataset.SOPInstanceUID]
+        assert path.parts[-3:-1] == (dataset.StudyInstanceUID, dataset.SeriesInstanceUID)
+        assert path.stem == dataset.SOPInstanceUID
+        assert dataset.PixelData == same.PixelData and dataset.PatientID != same.PatientID
+    assert len({dataset.PatientID for dataset in found.values()}) == TRAIN + TEST
+
+
+def test_the_release_names_every_image_once_and_the_test_images(folder, release_folder):
+    annotations, mapping, submission = (release_folder / name for name in sample_data.RELEASE_FILES)
+    entries = json.loads(mapping.read_text())
+    assert {entry["subset_img_id"] for entry in entries} == {
+        path.stem for path in folder.glob("*/*.dcm")}
+    assert set(pd.read_csv(submission)["patientId"]) == {
+        path.stem for path in folder.glob("stage_2_test_images/*")}
+    groups = json.loads(annotations.read_text())["labelGroups"]
+    assert [group["name"] for group in groups] == ["Calculated", "Team 1"]
+
+
+def test_one_layout_replaces_the_other(tmp_path):
+    sample_data.main([*TWO, str(tmp_path)])
+    sample_data.main(["--layout", "rsna", *TWO, str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [sample_data.RELEASE_IMAGES, *sample_data.RELEASE_FILES, "synthetic.json"])
+    sample_data.main([*TWO, str(tmp_path)])
+    assert not list(tmp_path.glob("mdai*")) and not list(tmp_path.glob("pneumonia*"))
+
+
+def test_refuses_an_image_that_others_added_to_the_release(tmp_path):
+    sample_data.main(["--layout", "rsna", *TWO, str(tmp_path)])
+    (tmp_path / sample_data.RELEASE_IMAGES / "1.2.3").mkdir()
+    with pytest.raises(InputError, match=f"{sample_data.RELEASE_IMAGES} holds data"):
+        sample_data.main([*TWO, str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", sample_data.IMAGES + sample_data.TABLES
+                         + sample_data.RELEASE_FILES)
 def test_refuses_data_of_others(tmp_path, name):
     path = tmp_path / name
     path.write_text("patientId\n") if name.endswith(".csv") else path.mkdir()

@@ -10,6 +10,7 @@ import time
 import pytest
 from conftest import ROOT, assert_same_weights
 
+pytestmark = pytest.mark.linux
 KILLS = 20
 
 

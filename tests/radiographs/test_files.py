@@ -5,7 +5,8 @@ import pytest
 from conftest import linux
 from PIL import Image
 
-from radiographs.dicom import UnreadableImage, is_dicom, read_header
+from radiographs.dicom import read_header, start_of
+from radiographs.errors import UnreadableImage
 from radiographs.files import find_dicom_files, find_radiographs
 
 PIXELS = np.arange(64, dtype=np.uint8).reshape(8, 8)
@@ -174,14 +175,28 @@ def test_images_in_a_folder_without_dicom_files_are_read(formats):
     assert files.keys() == {"png", "jpg", "LICENSE"}  # which is skipped when it is read
 
 
+@pytest.mark.parametrize("name", ["a.jfif", "b.jpe", "c.JFIF"])
+def test_jpeg_images_of_all_names_are_found(tmp_path, name):
+    Image.fromarray(PIXELS).save(tmp_path / name, "JPEG")
+    assert find_radiographs([tmp_path]) == ({name[0]: tmp_path / name}, [])
+
+
+def test_an_image_of_another_kind_in_a_folder_is_named(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "a.bmp")
+    Image.fromarray(PIXELS).save(tmp_path / "b.gif")
+    reasons = [reason for _, reason in find_radiographs([tmp_path])[1]]
+    assert reasons == ["is a BMP image, which is not read: save it as PNG",
+                       "is a GIF image, which is not read: save it as PNG"]
+
+
 def test_a_file_that_cannot_be_opened_does_not_end_the_search(formats, monkeypatch):
     locked = touch(formats / "images" / "locked.dcm")
 
     def refuse(path):
         if path == locked:
             raise PermissionError(13, "Permission denied")
-        return is_dicom(path)
-    monkeypatch.setattr("radiographs.files.is_dicom", refuse)
+        return start_of(path)
+    monkeypatch.setattr("radiographs.files.start_of", refuse)
     files, _ = find_radiographs([formats / "images"])
     assert {"png", "jpg"} < files.keys()
 

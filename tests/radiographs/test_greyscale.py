@@ -7,8 +7,9 @@ from conftest import make_dicom
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from test_dicom import jpeg_dicom
 
-from radiographs import dicom, greyscale
+from radiographs import dicom, errors, greyscale
 
 GRADIENT = np.add.outer(np.arange(64), 2 * np.arange(64))  # 0..189
 ALL_16 = np.arange(2**16).reshape(256, 256)
@@ -72,7 +73,7 @@ def item(descriptor=None, data=None, descriptor_vr="US", data_vr="OW"):
 def test_a_hint_that_cannot_be_used_is_left_out_with_a_note(tmp_path, write_dicom, tags, hint):
     path = write_dicom(tmp_path / "a.dcm", GRADIENT.astype(np.uint16), **tags)
     with pytest.warns(
-        greyscale.ImageWarning, match=f"^is read without its {hint}, which cannot be used$"
+        errors.ImageWarning, match=f"^is read without its {hint}, which cannot be used$"
     ):
         image = prepare(path)
     np.testing.assert_allclose(image, unit(GRADIENT), atol=1e-6)
@@ -83,7 +84,7 @@ def test_text_where_a_number_belongs_is_left_out_with_a_note(tmp_path, write_dic
         tmp_path / "a.dcm", GRADIENT.astype(np.uint16), RescaleSlope=1.25, RescaleIntercept=0
     )
     path.write_bytes(path.read_bytes().replace(b"1.25", b"much"))
-    with pytest.warns(greyscale.ImageWarning, match="Rescale Slope"):
+    with pytest.warns(errors.ImageWarning, match="Rescale Slope"):
         np.testing.assert_allclose(prepare(path), unit(GRADIENT), atol=1e-6)
 
 
@@ -96,7 +97,7 @@ def test_a_window_without_a_known_function_is_linear(tmp_path, write_dicom, func
         WindowWidth=101,
         VOILUTFunction=function,
     )
-    with pytest.warns(greyscale.ImageWarning, match="without its VOI LUT Function"):
+    with pytest.warns(errors.ImageWarning, match="without its VOI LUT Function"):
         image = prepare(path)
     np.testing.assert_allclose(image, np.clip((GRADIENT - 89.5) / 100 + 0.5, 0, 1), atol=1e-6)
 
@@ -118,6 +119,91 @@ def test_the_narrowest_windows_are_used(tmp_path, write_dicom, recwarn, function
         VOILUTFunction=function,
     )
     np.testing.assert_allclose(prepare(path), expected(GRADIENT.astype(float)), atol=1e-6)
+    assert not recwarn.list
+
+
+# Windows and outliers
+
+
+@pytest.mark.parametrize("center", [-500, 0, 10000])
+def test_a_window_that_turns_nearly_all_white_or_black_is_no_use(tmp_path, write_dicom, center):
+    path = write_dicom(tmp_path / "a.dcm", (GRADIENT * 20).astype(np.int16), WindowCenter=center,
+                       WindowWidth=60 if center == 0 else 12500)
+    image = prepare(path)
+    if center == 0:
+        with pytest.warns(errors.ImageWarning, match="without its Window Center and Width"):
+            np.testing.assert_allclose(prepare(path), unit(GRADIENT), atol=1e-6)
+    assert 0.2 < image.mean() < 0.8
+
+
+def test_the_second_window_serves_where_the_first_does_not(tmp_path, write_dicom):
+    path = write_dicom(tmp_path / "a.dcm", (GRADIENT * 20).astype(np.uint16),
+                       WindowCenter=[9000, 1890, 40], WindowWidth=[100, 1001, 80])
+    with pytest.warns(errors.ImageWarning, match="is read with window 2 of several"):
+        image = prepare(path)
+    np.testing.assert_allclose(
+        image, np.clip((GRADIENT * 20 - 1889.5) / 1000 + 0.5, 0, 1), atol=1e-5)
+
+
+def test_a_window_of_an_image_that_is_nearly_black_is_used(tmp_path, write_dicom, recwarn):
+    pixels = np.zeros((64, 64), np.uint16)
+    pixels[:5, :32] = np.arange(1000, 1160).reshape(5, 32)  # 4 % of it
+    path = write_dicom(tmp_path / "a.dcm", pixels, WindowCenter=1080.5, WindowWidth=101)
+    assert 0.9 < np.mean(prepare(path) == 0) and not recwarn.list
+
+
+def chest():
+    """Smooth values 100..3889 without outliers."""
+    return (GRADIENT.repeat(4, 0).repeat(4, 1) * 20 + 100).astype(np.uint16)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("outliers", [
+    np.s_[100, 30:33], np.s_[10:18, 100:110], np.s_[200:215, 3:40]], ids=["hot", "dot", "letters"])
+def test_outliers_do_not_darken_the_rest(tmp_path, write_dicom, photometric, outliers):
+    pixels = chest()
+    tags = {"PhotometricInterpretation": photometric}
+    expected = prepare(write_dicom(tmp_path / "a.dcm", pixels, **tags), 256)
+    pixels[outliers] = 65535
+    path = write_dicom(tmp_path / "b.dcm", pixels, **tags)
+    with pytest.warns(errors.ImageWarning, match="a few pixels far brighter or darker"):
+        image = prepare(path, 256)
+    others = np.ones((256, 256), bool)
+    others[outliers] = False
+    np.testing.assert_allclose(image[others], expected[others], atol=1e-6)
+
+
+def test_outliers_below_the_rest_are_cut_too(tmp_path, write_dicom):
+    pixels = chest().astype(np.int16)
+    pixels[5, 5:20] = -30000
+    with pytest.warns(errors.ImageWarning, match="a few pixels"):
+        assert 0.3 < prepare(write_dicom(tmp_path / "a.dcm", pixels)).mean() < 0.7
+
+
+@pytest.mark.parametrize("brightest", [3900, 7000])
+def test_a_bright_marker_within_reach_of_the_rest_changes_nothing(
+        tmp_path, write_dicom, recwarn, brightest):
+    pixels = chest()
+    pixels[10:18, 100:110] = brightest
+    image = prepare(write_dicom(tmp_path / "a.dcm", pixels), 256)
+    np.testing.assert_allclose(image, unit(pixels.astype(float)), atol=1e-5)
+    assert not recwarn.list
+
+
+def test_a_marker_in_a_plain_jpeg_file_does_not_darken_the_rest(tmp_path):
+    pixels = (GRADIENT.repeat(4, 0).repeat(4, 1) // 4).astype(np.uint8)  # 0..47
+    pixels[16:32, 96:112] = 255
+    with pytest.warns(errors.ImageWarning, match="a few pixels"):
+        radiograph = dicom.read_radiograph(jpeg_dicom(tmp_path / "a.dcm", pixels), 256, 256)
+    assert np.median(radiograph.image) > 100 and np.median(radiograph.display) > 100
+
+
+def test_gaps_are_not_taken_for_outliers(recwarn):
+    values = chest().astype(np.float32)
+    values[:, :100] = np.nan
+    np.testing.assert_array_equal(greyscale.without_outliers(values), values)
+    nothing = np.full((4, 4), np.nan)
+    np.testing.assert_array_equal(greyscale.without_outliers(nothing), nothing)
     assert not recwarn.list
 
 
@@ -147,7 +233,7 @@ def test_high_bit_of_signed_pixels_keeps_the_sign(tmp_path, write_dicom, recwarn
 
 def test_a_high_bit_that_the_values_contradict_is_named(tmp_path, write_dicom):
     path = write_dicom(tmp_path / "a.dcm", GRADIENT.astype(np.uint16), BitsStored=12, HighBit=15)
-    with pytest.warns(greyscale.ImageWarning, match="High Bit 15"):
+    with pytest.warns(errors.ImageWarning, match="High Bit 15"):
         np.testing.assert_allclose(prepare(path), unit(GRADIENT), atol=1e-6)
 
 
@@ -156,7 +242,7 @@ def test_a_high_bit_that_the_values_contradict_is_named(tmp_path, write_dicom):
 )
 def test_values_above_the_stored_bits_are_used_whole_with_a_note(tmp_path, write_dicom, pixels):
     path = write_dicom(tmp_path / "a.dcm", pixels, BitsStored=12, HighBit=11)
-    with pytest.warns(greyscale.ImageWarning, match="more than the 12 bits"):
+    with pytest.warns(errors.ImageWarning, match="more than the 12 bits"):
         np.testing.assert_allclose(prepare(path), unit(GRADIENT), atol=1e-6)
 
 

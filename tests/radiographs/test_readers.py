@@ -1,6 +1,7 @@
 import _multiprocessing
 import gc
 import io
+import multiprocessing
 import os
 import signal
 import socket
@@ -14,8 +15,8 @@ from conftest import linux
 from PIL import Image
 
 from radiographs import readers
-from radiographs.dicom import UnreadableImage, read_radiograph
-from radiographs.greyscale import ImageWarning
+from radiographs.dicom import read_radiograph
+from radiographs.errors import ImageWarning, UnreadableImage
 from radiographs.readers import Reading, readings_of
 
 # What the readers call must be importable where processes are spawned, and so lies up here
@@ -207,6 +208,21 @@ def test_a_reader_of_a_server_that_dies_while_it_is_idle_costs_nothing(pool):
     kill_all(pool)
     assert [pool.read(number) for number in range(4)] == list(map(Reading, range(4)))
     assert len(pool.started) == 2
+
+
+@pytest.mark.parametrize("error", [OSError(12, "Cannot allocate memory"), MemoryError()])
+def test_a_reader_that_cannot_be_started_now_is_started_later(pool, monkeypatch, error):
+    kill_all(pool)
+    with monkeypatch.context() as patch:
+        def refuse(*_):
+            raise error
+        patch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+        for number in range(5):
+            with pytest.raises(type(error)):
+                pool.threads.submit(pool.read, number).result(timeout=20)
+    readings = [pool.threads.submit(pool.read, number).result(timeout=20) for number in range(4)]
+    assert readings == list(map(Reading, range(4)))
+    assert len(pool.started) <= 2
 
 
 @linux
