@@ -8,7 +8,8 @@ from radiographs import Radiograph, Reading
 from results.predictions import Predictions
 
 BLACK = Reading(Radiograph(np.zeros((64, 64), np.uint8), (1024, 1024)))
-SETTINGS = {"model": ["final.pth.tar", None], "image_size": None}
+SETTINGS = {"model": ["final.pth.tar", None], "image_size": None, "save_images": False,
+            "dicom": False}
 
 
 def begin(folder, ids, labels=Labels({}, {}), thresholds=Thresholds()):
