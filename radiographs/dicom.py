@@ -11,13 +11,20 @@ import simplejpeg
 from PIL import Image, ImageOps
 from pydicom import dcmread
 from pydicom.encaps import get_frame
-from pydicom.multival import MultiValue
 from pydicom.pixels import apply_color_lut, pixel_array
 from pydicom.tag import Tag
 from pydicom.uid import UID, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLosslessSV1
 
 from .errors import UnreadableImage, add_note, check_size, decoding_errors
-from .greyscale import bit_layout, display_hints, displayed, luminance, unit_range, without_outliers
+from .greyscale import (
+    bit_layout,
+    display_hints,
+    displayed,
+    luminance,
+    text_of,
+    unit_range,
+    without_outliers,
+)
 from .pictures import SIGNATURES, check_jpeg, grey_jpeg, other_kind, picture_frame
 
 TAGS = ["PatientSex", "PatientAge", "ViewPosition", "PatientID", "Rows", "Columns"]
@@ -153,19 +160,9 @@ PIXELS = [Tag(name) for name in ("PixelData", "FloatPixelData", "DoubleFloatPixe
 def _header_of(dataset):
     """What decides how a file is decoded, as plain values by keyword."""
     header = {name: int(dataset.get(name) or default) for name, default in INTEGERS.items()}
-    header |= {name: _words(dataset, tag) for name, tag in WORDS.items()}
+    header |= {name: text_of(dataset, tag) for name, tag in WORDS.items()}
     header["TransferSyntaxUID"] = dataset.file_meta.get("TransferSyntaxUID")
     return header
-
-
-def _words(dataset, tag):
-    """Text of an element in capitals, values with a backslash between them; empty if absent."""
-    element = dataset.get_item(tag) if tag in dataset else None  # a tenth of the time of get()
-    value = element.value if element else ""
-    if isinstance(value, MultiValue):
-        value = "\\".join(map(str, value))
-    text = value.decode("ascii", "replace") if isinstance(value, bytes) else str(value or "")
-    return text.strip(" \0").upper()
 
 
 def _is_grey(header):

@@ -8,6 +8,7 @@ A display hint that cannot be used is ignored with an ImageWarning.
 from typing import NamedTuple
 
 import numpy as np
+from pydicom.multival import MultiValue
 from pydicom.tag import Tag
 
 from .errors import add_note
@@ -20,7 +21,7 @@ def _leave_out(hint):
     add_note(f"is read without its {hint}, which cannot be used")
 
 
-# What the header says; each of these is None where it cannot be used
+# What the header says; None where it cannot be used
 
 
 def _numbers(dataset, keyword):
@@ -59,14 +60,20 @@ def _table(dataset, keyword):
     return (entries[:count], first) if len(entries) >= count else None
 
 
-def _word(dataset, keyword):
-    return str(dataset[keyword].value or "").upper()
+def text_of(dataset, tag) -> str:
+    """Text of an element in capitals, values with a backslash between them; empty if absent."""
+    element = dataset.get_item(tag) if tag in dataset else None  # a tenth of the time of get()
+    value = element.value if element else ""
+    if isinstance(value, MultiValue):
+        value = "\\".join(map(str, value))
+    text = value.decode("ascii", "replace") if isinstance(value, bytes) else str(value or "")
+    return text.strip(" \0").upper()
 
 
 HINTS = {
     "ModalityLUTSequence": _table, "RescaleSlope": _number, "RescaleIntercept": _number,
     "VOILUTSequence": _table, "WindowCenter": _numbers, "WindowWidth": _numbers,
-    "VOILUTFunction": _word, "PixelPaddingValue": _number, "PixelPaddingRangeLimit": _number,
+    "VOILUTFunction": text_of, "PixelPaddingValue": _number, "PixelPaddingRangeLimit": _number,
 }
 HINT_TAGS = {keyword: Tag(keyword) for keyword in HINTS}  # looked up once, not for every file
 
@@ -168,10 +175,12 @@ def _transform(values, stage, hints):
             continue
         candidates = () if None in given else function(values, hints, *given)
         for number, changed in enumerate(candidates, 1):
-            if _varies(changed) and (not _is_flat(changed) or _is_flat(values)):
+            if changed is None or not _varies(changed):
+                continue
+            if not _is_flat(changed) or _is_flat(values):
                 if number > 1:
-                    add_note(f"is read with window {number} of several; the first turns nearly all "
-                             "of it white or black")
+                    add_note(f"is read with window {number} of several: the first cannot be used "
+                             "or turns nearly all of it white or black")
                 return changed
         _leave_out(name)
     return values
@@ -199,7 +208,7 @@ def _rescale(values, hints, slope, intercept):
 
 
 def _window(values, hints, centers, widths):
-    """PS3.3 C.11.2.1.2 and C.11.2.1.3 up to scale and offset; nothing for a width not allowed."""
+    """PS3.3 C.11.2.1.2 and C.11.2.1.3 up to scale and offset; None for a width not allowed."""
     function = hints.get("VOILUTFunction", "LINEAR")
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
         _leave_out("VOI LUT Function")
@@ -207,12 +216,14 @@ def _window(values, hints, centers, widths):
     for center, width in zip(centers, widths):
         if function == "LINEAR":
             center, width = center - 0.5, width - 1
-            if width == 0:
-                yield np.where(values > center, 1.0, 0.0)
-        if width > 0:
+        if width == 0 and function == "LINEAR":
+            yield np.where(values > center, 1.0, 0.0)
+        elif width > 0:
             distance = (values - center) / width
             is_curved = function == "SIGMOID"
             yield np.tanh(2 * distance) if is_curved else np.clip(distance, -0.5, 0.5)
+        else:
+            yield None
 
 
 STAGES = (  # PS3.3 C.11.1 and C.11.2: (name in notes, function, keywords of its arguments)
