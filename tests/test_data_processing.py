@@ -15,7 +15,8 @@ PIXELS = np.zeros((8, 8), np.uint8)
 LABELS = "patientId,x,y,width,height,Target\na,1,2,3,4,1\na,5,1,2,2,1\nb,,,,,0\nc,,,,,0\n"
 CLASSES = ("patientId,class\na,Lung Opacity\na,Lung Opacity\nb,Normal\n"
            "c,No Lung Opacity / Not Normal\n")
-TRAINING_COLUMNS = "patientId,PatientSex,PatientAge,ViewPosition,x,y,width,height,Target,class"
+TRAINING_COLUMNS = ("patientId,PatientSex,PatientAge,ViewPosition,x,y,width,height,Target,class,"
+                    "patient")
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_missing_tags_are_empty_cells(study, write_dicom):
     write_dicom(study / "images" / "b.dcm", PIXELS, PatientAge=None, PatientSex="",
                 ViewPosition=None)
     build(study)
-    assert "b,,,,,,,,0,Normal" in (study / "train.csv").read_text().splitlines()
+    assert "b,,,,,,,,0,Normal,b" in (study / "train.csv").read_text().splitlines()
 
 
 def test_an_image_without_a_label_is_left_out_and_named(study, write_dicom, capsys):
@@ -200,7 +201,7 @@ def test_a_file_name_in_latin_1_costs_nothing(study, write_dicom):
 def test_a_zip_file_is_named_as_one(tmp_path):
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         archive.writestr("a.dcm", b"")
-    with pytest.raises(InputError, match="images.zip is a zip file, not a folder.*--images"):
+    with pytest.raises(InputError, match="images.zip is a zip file, not the folder.*--images"):
         dp.main(["--images", str(tmp_path / "images.zip"), "--output", str(tmp_path)])
 
 
@@ -289,12 +290,12 @@ def test_another_kind_of_file_named_csv_is_named(path, content, words):
 def test_labels_are_boxes_and_views_by_id(path):
     path.write_text("patientId,ViewPosition,x,y,width,height,Target\na,AP,1,2,3,4,1\n"
                     "a,AP,5,1,2,2,1\nb,PA,,,,,0\n")
-    boxes, views = read_labels(path)
+    boxes, views, _ = read_labels(path)
     assert {key: value.tolist() for key, value in boxes.items()} == {
         "a": [[1, 2, 3, 4], [5, 1, 2, 2]], "b": []}
     assert views == {"a": "AP", "b": "PA"}
 
 
 def test_labels_of_the_challenge_have_no_views(path):
-    boxes, views = read_labels(path)
+    boxes, views, _ = read_labels(path)
     assert boxes["b"].shape == (0, 4) and views == {"a": "", "b": "", "c": ""}

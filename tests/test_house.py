@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT
 
 STOREYS = [{"tools"}, {"train"}, {"predict", "endpoint"}, {"results"}, {"engine"},
-           {"dataset", "sample_data"}, {"data_processing", "parallel"}, {"model", "radiographs", "release"},
+           {"dataset", "sample_data"}, {"data_processing", "parallel"},
+           {"model", "radiographs", "release"},
            {"metrics", "cli"}]
 LEVEL = {room: level for level, rooms in enumerate(STOREYS) for room in rooms}
 WINGS = {"radiographs", "results"}

@@ -17,6 +17,8 @@ BLOCKS = re.findall(r"^```\w*\n(.*?)^```", README, re.S | re.M)
 COMMANDS = [line for block in BLOCKS
             for line in re.sub(r"\\\n\s*", "", block).splitlines()]  # a backslash joins two
 SCRIPTS, NOTEBOOKS = sorted(ROOT.glob("*.py")), sorted(ROOT.glob("*.ipynb"))
+WINGS = "radiographs", "results"
+SOURCES = [*SCRIPTS, *(path for wing in WINGS for path in sorted(ROOT.glob(f"{wing}/*.py")))]
 WITH_FLAGS = [path.name for path in SCRIPTS if "def make_parser" in path.read_text("utf-8")]
 
 
@@ -112,7 +114,7 @@ def imports(nodes):
 
 def trees():
     """Syntax trees of scripts and notebooks, by file name."""
-    found = {path.name: ast.parse(path.read_text("utf-8")) for path in SCRIPTS}
+    found = {str(path): ast.parse(path.read_text("utf-8")) for path in SOURCES}
     for path in NOTEBOOKS:
         cells = json.loads(path.read_text("utf-8"))["cells"]
         cells = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
@@ -122,7 +124,7 @@ def trees():
 
 def foreign(names):
     """Top-level modules that are neither ours nor Python's."""
-    own = {path.stem for path in SCRIPTS}
+    own = {path.stem for path in SCRIPTS} | set(WINGS)
     return {name.partition(".")[0] for name in names} - own - sys.stdlib_module_names
 
 

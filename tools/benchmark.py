@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cli
 import metrics
 import train
-from data_processing import read_headers
+from data_processing import Labels, read_headers
 from dataset import PneumoniaDataset
 from engine import train_one_epoch, training_loader
 from model import PneumoniaUNET, Runtime, choose_runtime
@@ -184,7 +184,8 @@ def prepare(paths: Sequence[Path], rescale_factor: int, workers: int) -> Pneumon
     low, high = [0, 100, 124, 121], [100, 400, 317, 598]
     corners = np.array([[100, 0, 0, 0], [550, 0, 0, 0]])  # in pixels of the original image
     boxes = {patient_id: corners + rng.uniform(low, high, (2, 4)) for patient_id in files}
-    return PneumoniaDataset(files, boxes, rescale_factor=rescale_factor, workers=workers)
+    side = cli.IMAGE_SIDE // rescale_factor
+    return PneumoniaDataset(files, Labels(boxes), side=side, workers=workers)
 
 
 def draw_case(dataset: PneumoniaDataset, index: int, rng: np.random.Generator) -> Overlay:

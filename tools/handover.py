@@ -27,6 +27,7 @@ import torch
 from scipy import ndimage
 
 import metrics
+from cli import IMAGE_SIDE
 from data_processing import read_labels
 from dataset import PneumoniaDataset
 from model import choose_runtime, load_checkpoint
@@ -62,9 +63,10 @@ def score(masks, dataset):
 def score_model(path, ids, data, labels, runtime):
     """Scored of a checkpoint on images of a folder; all that the labels name if ids is None."""
     model, state = load_checkpoint(path, runtime.device)
-    files, boxes = find_dicom_files(data)[0], read_labels(labels).boxes
-    files = {key: files[key] for key in ids or sorted(boxes)}
-    dataset = PneumoniaDataset(files, boxes, workers=2, rescale_factor=state["rescale_factor"])
+    files, truth = find_dicom_files(data)[0], read_labels(labels)
+    files = {key: files[key] for key in ids or sorted(truth.boxes)}
+    side = IMAGE_SIDE // state["rescale_factor"]
+    dataset = PneumoniaDataset(files, truth, side=side, workers=2)
     masks = masks_of(model, dataset, runtime)
     return Scored(score(masks, dataset), score(masks * np.float32(0.5), dataset))
 
