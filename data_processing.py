@@ -72,7 +72,7 @@ def _read_cells(path):
         for start, kind in OTHER_KINDS.items():
             if re.match(start, content):
                 raise cli.InputError(f"{path} is {kind}, not a table: save it as CSV in UTF-8")
-        named, text = re.fullmatch(r"(?:sep=(.)(?=\s))?(.*)", content.decode("utf-8-sig"),
+        named, text = re.fullmatch(r"(?:sep=(.)\r?\n)?(.*)", content.decode("utf-8-sig"),
                                    flags=re.DOTALL).groups()
         separator = named or max(",;\t", key=text.partition("\n")[0].count)
         text = re.sub(rf"[{re.escape(separator)} \t\r]+$", "", text, flags=re.MULTILINE)
@@ -81,7 +81,7 @@ def _read_cells(path):
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         reason = str(error).strip().rpartition("C error: ")[2]
         raise cli.InputError(f"{path} cannot be read as a table: {reason}") from None
-    cells.index += 1
+    cells.index += 1 + bool(named)
     cells = cells.apply(lambda column: column.str.strip())
     if separator != ",":
         cells = cells.replace(r"^(-?\d+),(\d+)$", r"\1.\2", regex=True)
@@ -383,7 +383,7 @@ def find_patients(headers: pd.DataFrame, known: Mapping[str, str]) -> pd.Series:
     """The patient of each image in a table of read_headers: the PatientID where it names several
     of the images, else the patient that is `known`, else the image's own id. Prints how many of
     each there are, but no PatientID."""
-    ids, names = headers["patientId"], headers["PatientID"]
+    ids, names = headers["patientId"], headers["PatientID"].astype(object)
     named = names.duplicated(keep=False) & names.notna()
     if named.any() and names.nunique() == 1:
         print("all images have the same PatientID, so it is not taken for a patient")

@@ -1,4 +1,5 @@
 import gzip
+import json
 import os
 import signal
 import zipfile
@@ -15,8 +16,7 @@ PIXELS = np.zeros((8, 8), np.uint8)
 LABELS = "patientId,x,y,width,height,Target\na,1,2,3,4,1\na,5,1,2,2,1\nb,,,,,0\nc,,,,,0\n"
 CLASSES = ("patientId,class\na,Lung Opacity\na,Lung Opacity\nb,Normal\n"
            "c,No Lung Opacity / Not Normal\n")
-TRAINING_COLUMNS = ("patientId,PatientSex,PatientAge,ViewPosition,x,y,width,height,Target,class,"
-                    "patient")
+TRAINING_COLUMNS = "patientId,PatientSex,PatientAge,ViewPosition,x,y,width,height,Target,class,patient"
 
 
 @pytest.fixture
@@ -297,5 +297,132 @@ def test_labels_are_boxes_and_views_by_id(path):
 
 
 def test_labels_of_the_challenge_have_no_views(path):
-    boxes, views, _ = read_labels(path)
-    assert boxes["b"].shape == (0, 4) and views == {"a": "", "b": "", "c": ""}
+    boxes, views, patients = read_labels(path)
+    assert boxes["b"].shape == (0, 4) and views == {"a": "", "b": "", "c": ""} and not patients
+
+
+def test_a_cell_of_the_table_names_the_patient_and_an_empty_one_nobody(path):
+    path.write_text("patientId,x,y,width,height,Target,patient\na,1,2,3,4,1,Mr. X\nb,,,,,0,\n")
+    labels = read_labels(path)
+    assert labels.patients == {"a": "Mr. X"} and labels.patient_of("b") == "b"
+
+
+@pytest.mark.parametrize("text", [
+    "patientId;x;y;width;height;Target\na;1,5;2,0;3;4;1\nb;;;;;0\n",
+    "patientId\tx\ty\twidth\theight\tTarget\na\t1.5\t2\t3\t4\t1\nb\t\t\t\t\t0\n",
+    "sep=;\r\npatientId;x;y;width;height;Target\r\na;1,5;2;3;4;1\r\nb;;;;;0;;\r\n",
+    "sep=,\npatientId,x,y,width,height,Target\na,1.5,2,3,4,1\nb,,,,,0\n"])
+def test_tables_as_excel_writes_them_in_europe_are_read(path, text):
+    path.write_bytes(text.encode("utf-8-sig"))
+    boxes = read_labels(path).boxes
+    assert boxes["a"].tolist() == [[1.5, 2, 3, 4]] and len(boxes["b"]) == 0
+
+
+def test_a_row_that_is_too_long_is_named_by_its_line(path):
+    path.write_text(LABELS + "d,1,2,3,4,1,7\n")
+    with pytest.raises(InputError, match="cannot be read as a table: Expected 6 fields in line 6"):
+        read_labels(path)
+
+
+@pytest.mark.parametrize("row, message", [
+    ("d,1,2,3,4,0", "line 6: Target '0' is 0, but the row has a box"),
+    ("b,1,2,3,4,1", "line 4: patientId 'b' has rows of both targets")])
+def test_rows_that_contradict_themselves_are_refused(path, row, message):
+    path.write_text(f"{LABELS}{row}\n")
+    with pytest.raises(InputError, match=message):
+        read_labels(path)
+
+
+SIZES = {name: (256, 256) for name in "abcdef"}
+
+
+@pytest.mark.parametrize("box", [[400, 300, 200, 300], [150, 150, 200, 220], [-90, 10, 50, 50]])
+def test_boxes_in_other_pixels_or_of_another_form_than_the_images_are_refused(box):
+    boxes = {name: np.array([box], float) for name in SIZES}
+    message = "the boxes of 6 of 6 images .*in 256 x 256 pixels: give x"
+    with pytest.raises(InputError, match=message):
+        dp.check_boxes(boxes, SIZES)
+
+
+def test_few_boxes_beyond_their_image_are_named_and_some_pixels_are_nothing(capsys):
+    boxes = {name: np.array([[150, 150, 110, 110]], float) for name in SIZES}
+    dp.check_boxes(boxes, SIZES)
+    assert capsys.readouterr().out == ""
+    dp.check_boxes(boxes | {"a": np.array([[150, 150, 150, 110.]])}, SIZES)
+    assert "beyond their image (1): a: [[150, 150, 150, 110]]" in capsys.readouterr().out
+
+
+def test_boxes_in_the_pixels_of_smaller_images_get_a_warning(capsys):
+    dp.check_boxes({name: np.array([[30, 40, 50, 60.]]) for name in SIZES}, SIZES)
+    assert "upper left quarter" in capsys.readouterr().out
+
+
+def test_a_folder_without_dicom_files_gives_an_empty_table_and_says_so(tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(b"")
+    flags = ["--type", "prediction", "--images", str(tmp_path), "--output", str(tmp_path)]
+    assert dp.main(flags) == 0
+    assert (tmp_path / "predict.csv").read_text().startswith("patientId,PatientSex")
+    assert "no DICOM file in" in capsys.readouterr().out
+
+
+# Patients
+
+
+def patients_of(names, known=()):
+    """{patientId: patient} of images a, b, ... with these PatientIDs."""
+    ids = [chr(ord("a") + index) for index in range(len(names))]
+    headers = pd.DataFrame({"patientId": ids, "PatientID": names})
+    return dict(zip(ids, dp.find_patients(headers, dict(known))))
+
+
+def test_a_patient_id_that_names_several_images_is_the_patient(capsys):
+    assert patients_of(["P1", "P2", "P1", None]) == {"a": "P1", "b": "b", "c": "P1", "d": "d"}
+    out = capsys.readouterr().out
+    assert "4 images of 3 patients: 2 images with a PatientID that names several" in out
+    assert "P1" not in out
+
+
+def test_a_patient_id_that_all_images_share_is_no_patient(capsys):
+    assert patients_of(["ANON", "ANON", "ANON"]) == {"a": "a", "b": "b", "c": "c"}
+    out = capsys.readouterr().out
+    assert "all images have the same PatientID" in out and "ANON" not in out
+
+
+def test_nihs_number_is_taken_where_the_header_names_nobody():
+    found = patients_of(["x", "y", "P", "P"], {"a": "7", "b": "7", "c": "9"})
+    assert found == {"a": "7", "b": "7", "c": "P", "d": "P"}
+
+
+def test_the_table_of_nihs_patients_knows_kaggles_ids_alone(tmp_path):
+    table = pd.read_csv(dp.NIH_PATIENTS, dtype=str)
+    start, number = table.iloc[0]
+    ids = [f"{start}-5204-4f31-98e0-f35e4b00004a", f"{start}_scan"]
+    assert dp.known_patients(ids, tmp_path) == {ids[0]: number}
+    assert len(table) == table["patientId"].nunique() == 19500
+    assert table["patient"].value_counts().min() > 1
+
+
+def test_rsnas_mapping_beside_the_tables_is_used_instead(tmp_path):
+    names = [("a", "00000007_000.png"), ("b", "00000007_001.png"), ("c", "00000008_000.png")]
+    mapping = [{"subset_img_id": key, "img_id": name} for key, name in names]
+    (tmp_path / "mapping.json").write_text(json.dumps(mapping))
+    assert dp.known_patients("abc", tmp_path) == {"a": "7", "b": "7"}
+
+
+def test_follow_ups_of_a_hospital_stay_together_in_every_fold(tmp_path, write_dicom):
+    """120 patients with 3 visits each, every third positive."""
+    import dataset
+    (tmp_path / "images").mkdir()
+    rows = []
+    for number in range(360):
+        write_dicom(tmp_path / "images" / f"{number}.dcm", PIXELS, PatientID=f"H{number // 3}")
+        rows.append(f"{number},1,1,2,2,1" if number % 3 == 0 else f"{number},,,,,0")
+    (tmp_path / "stage_2_train_labels.csv").write_text(
+        "\n".join(["patientId,x,y,width,height,Target", *rows]))
+    (tmp_path / "stage_2_detailed_class_info.csv").write_text(
+        "\n".join(["patientId,class", *(f"{number},Normal" for number in range(360))]))
+    dp.build_training_csv(tmp_path / "images", tmp_path, tmp_path)
+    labels = read_labels(tmp_path / "train.csv")
+    folds = dataset.split_folds(labels, 5)
+    named = [set(map(labels.patient_of, fold)) for fold in folds]
+    assert sum(map(len, named)) == 120 and set(map(len, folds)) == {72}

@@ -10,8 +10,7 @@ from conftest import ROOT
 
 STOREYS = [{"tools"}, {"train"}, {"predict", "endpoint"}, {"results"}, {"engine"},
            {"dataset", "sample_data"}, {"data_processing", "parallel"},
-           {"model", "radiographs", "release"},
-           {"metrics", "cli"}]
+           {"model", "radiographs", "release"}, {"metrics", "cli"}]
 LEVEL = {room: level for level, rooms in enumerate(STOREYS) for room in rooms}
 WINGS = {"radiographs", "results"}
 FILES = [path for folder in (".", "tools", *WINGS) for path in ROOT.glob(f"{folder}/*.py")]

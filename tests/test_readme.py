@@ -17,8 +17,8 @@ BLOCKS = re.findall(r"^```\w*\n(.*?)^```", README, re.S | re.M)
 COMMANDS = [line for block in BLOCKS
             for line in re.sub(r"\\\n\s*", "", block).splitlines()]  # a backslash joins two
 SCRIPTS, NOTEBOOKS = sorted(ROOT.glob("*.py")), sorted(ROOT.glob("*.ipynb"))
-WINGS = "radiographs", "results"
-SOURCES = [*SCRIPTS, *(path for wing in WINGS for path in sorted(ROOT.glob(f"{wing}/*.py")))]
+FOLDERS = "radiographs", "results", "tools"
+SOURCES = [*SCRIPTS, *(path for name in FOLDERS for path in sorted(ROOT.glob(f"{name}/*.py")))]
 WITH_FLAGS = [path.name for path in SCRIPTS if "def make_parser" in path.read_text("utf-8")]
 
 
@@ -108,7 +108,7 @@ def imports(nodes):
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        elif isinstance(node, ast.ImportFrom) and not node.level:
             yield node.module
 
 
@@ -124,7 +124,7 @@ def trees():
 
 def foreign(names):
     """Top-level modules that are neither ours nor Python's."""
-    own = {path.stem for path in SCRIPTS} | set(WINGS)
+    own = {path.stem for path in SCRIPTS} | set(FOLDERS)
     return {name.partition(".")[0] for name in names} - own - sys.stdlib_module_names
 
 
