@@ -16,7 +16,8 @@ PIXELS = np.zeros((8, 8), np.uint8)
 LABELS = "patientId,x,y,width,height,Target\na,1,2,3,4,1\na,5,1,2,2,1\nb,,,,,0\nc,,,,,0\n"
 CLASSES = ("patientId,class\na,Lung Opacity\na,Lung Opacity\nb,Normal\n"
            "c,No Lung Opacity / Not Normal\n")
-TRAINING_COLUMNS = "patientId,PatientSex,PatientAge,ViewPosition,x,y,width,height,Target,class,patient"
+TRAINING_COLUMNS = ("patientId,PatientSex,PatientAge,ViewPosition,x,y,width,height,Target,class,"
+                    "patient")
 
 
 @pytest.fixture
