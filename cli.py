@@ -15,6 +15,7 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class InternalError(Failure):
     """A fault of these scripts, its traceback already printed, left nothing to continue with."""
 
 
-def refuse_if(wrong: bool, message: str) -> None:
+def refuse_if(wrong: object, message: str) -> None:
     """Raises InputError with the message if something given is wrong."""
     if wrong:
         raise InputError(message)
@@ -66,20 +67,18 @@ def require(path: str | Path, kind: str, *, flag: str, variable: str | None = No
     Raises InputError naming path, flag and variable if it is not there or of another kind.
     """
     path, remedy = _local_path(path, flag, variable)
-    if not os.path.exists(path):  # Path.exists raises for a name too long, or no permission
-        problem = "does not exist"
-    elif path.is_dir():
-        problem = "is a folder, not a file" if kind == "file" else ""
-    elif kind == "file":
-        problem = ""
-    elif not path.is_file():  # a pipe is read only once
-        problem = "is neither a file nor a folder"
-    elif zipfile.is_zipfile(path):
-        problem = "is a zip file, not the folder that it unpacks to"
-    else:
-        problem = "is a file, not the folder that it is in" if kind == "folder" else ""
-    if problem:
-        raise InputError(f"{path} {problem}: give another with {remedy}")
+
+    def refuse(wrong: bool, problem: str) -> None:
+        refuse_if(wrong, f"{path} {problem}: give another with {remedy}")
+
+    # Path.exists raises for a name too long, or no permission
+    refuse(not os.path.exists(path), "does not exist")
+    if kind == "file":
+        refuse(path.is_dir(), "is a folder, not a file")
+    elif not path.is_dir():
+        refuse(not path.is_file(), "is neither a file nor a folder")  # a pipe is read only once
+        refuse(zipfile.is_zipfile(path), "is a zip file, not the folder that it unpacks to")
+        refuse(kind == "folder", "is a file, not the folder that it is in")
     return path
 
 
@@ -102,9 +101,9 @@ def output_folder(path: str | Path, *, flag: str, variable: str | None = None) -
 def _local_path(path, flag, variable):
     """The Path, and in words how to give another; refuses an address such as gs://bucket."""
     remedy = f"{flag}, or set {variable}" if variable else flag
-    if re.match(r"\w+://", str(path)):
-        raise InputError(f"{path} is an address, but only folders and files of this machine can be "
-                         f"read and written: copy or mount it, and give its path with {remedy}")
+    refuse_if(re.match(r"\w+://", str(path)), f"{path} is an address, but only folders and files "
+              "of this machine can be read and written: copy or mount it, and give its path with "
+              f"{remedy}")
     return Path(path), remedy
 
 
@@ -114,32 +113,31 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str):
         super().__init__(description=description)
         self.add_to_files = self.add_argument_group("files").add_argument
-        self.paths = []  # (name, kind, words for an error) of each
+        self.path_checks = []  # (name, function that raises InputError)
 
     def error(self, message: str) -> None:
         raise InputError(f"{message}; see --help")
 
     def add_path(self, *names: str, kind: str, help: str, variable: str | None = None,
                  part: str = "", written_by: str = "", **options: Any) -> None:
-        """A flag for a path: a `kind` of require, or "output". Its default is `part` of the folder
-        that a TRAINML_* variable names. With `nargs` it takes a list."""
-        default = default_path(variable, part) if variable else None
+        """A flag for a path: a `kind` of require, or "output", a folder to write to. Its default is
+        `part` of the folder that a TRAINML_* variable names. With `nargs` it takes a list."""
+        default = default_path(variable, *filter(None, [part])) if variable else None
         shown = f" (default: {default.replace('%', '%%')})" if default else ""
         if default and "nargs" in options:
             default = [default]
         path = self.add_to_files(*names, default=default, help=help + shown, **options)
         flag = f"{names[0]} ({written_by} writes one)" if written_by else names[0]
-        self.paths.append((path.dest, kind, {"flag": flag, "variable": variable}))
+        check = output_folder if kind == "output" else partial(require, kind=kind)
+        self.path_checks.append((path.dest, partial(check, flag=flag, variable=variable)))
 
     def check_paths(self, args: argparse.Namespace) -> None:
         """Raises InputError for the first path that is not of its kind."""
-        for name, kind, words in self.paths:
+        for name, check in self.path_checks:
             given = getattr(args, name)
             for path in given if isinstance(given, list) else [given]:
-                if kind == "output":
-                    output_folder(path, **words)
-                elif path is not None:
-                    require(path, kind, **words)
+                if path is not None:
+                    check(path)
 
     def add_runtime_options(self, *, batch_size: int, rescale_factor: int | None) -> None:
         """Flags on how a network runs; a `rescale_factor` of None means the checkpoint's."""
@@ -178,12 +176,9 @@ def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         cores = len(os.sched_getaffinity(0))
-    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # v2, v1
-        with contextlib.suppress(OSError, ValueError):  # no such file; "max"
-            texts = [(cgroup / name).read_text() for name in names]
-            quota, period = map(int, " ".join(texts).split())
-            if quota > 0:
-                cores = min(cores, math.ceil(quota / period))
+    with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+        quota, period = map(int, (cgroup / "cpu.max").read_text().split())
+        cores = min(cores, math.ceil(quota / period))
     return cores
 
 
@@ -301,8 +296,8 @@ def _run_explained(main):
         return 1, (f"error: {error.strerror}: {error.filename or 'output'}; what was written "
                    "before is intact")
     except (MemoryError, RuntimeError) as error:
-        text = str(error)  # PyTorch has a class for the memory of a GPU alone
-        if not (isinstance(error, MemoryError) or "out of memory" in text
-                or "allocate memory" in text):
+        # PyTorch has a class for the memory of a GPU alone
+        is_fault = not re.search("out of memory|allocate memory", str(error))
+        if is_fault and not isinstance(error, MemoryError):
             raise
         return 1, "error: out of memory: lower --batch-size or raise --rescale-factor"

@@ -429,7 +429,7 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(__doc__.splitlines()[0])
     parser.add_path("--images", "-i", kind="folder", help="folder of DICOM files",
                     variable="TRAINML_DATA_PATH",
-                    part=release.image_folder(cli.default_path("TRAINML_DATA_PATH")))
+                    part=release.image_folder())
     parser.add_path("--labels", "-l", kind="data", variable="TRAINML_DATA_PATH",
                     help="folder of Kaggle's two label tables or of RSNA's own release, or the "
                          "release's file of annotations")

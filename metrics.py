@@ -25,11 +25,13 @@ PROOF = 2  # standard errors by which new thresholds must beat the given ones
 
 
 class Thresholds(NamedTuple):
-    """How a mask becomes boxes."""
+    """How a mask becomes boxes: two thresholds, and the weight by which regress_sides then corrects
+    the boxes. No search changes the weight; it is kept here because files from before it was
+    introduced need 1."""
     box: float = 0.5  # a pixel above this probability belongs to a box
-    gate: float = 0.8  # an image whose highest probability is below has no boxes
-    source: str = "defaults"  # where the thresholds come from, in words
-    size_weight: float = 0.8  # of regress_sides
+    gate: float = 0.8  # an image whose highest probability is below this has no boxes
+    source: str = "defaults"  # where the two come from, in words
+    size_weight: float = 0.8
 
     def __str__(self):
         return f"box threshold {self.box:.2f}, gate threshold {self.gate:.2f} ({self.source})"
@@ -222,18 +224,6 @@ def gate_scores(evaluation: Evaluation, gate: float) -> np.ndarray:
     return np.where(evaluation.confidences[:, None] >= gate, evaluation.scores, below)
 
 
-def score_lines(figures: dict[str, float], images: int) -> list[str]:
-    """Lines that scripts print of Evaluation.summarize; the last two are the tutorial's."""
-    views = [f"{view} {figures[f'auc_{view}']:.4f}" for view in ("AP", "PA")
-             if not np.isnan(figures[f"auc_{view}"])]
-    within = f" (within views: {', '.join(views)})" if views else ""
-    return [f"Image ROC AUC: {figures['auc']:.4f}{within}",
-            f"Standard error of the RSNA mAP: {figures['rsna_standard_error']:.4f} "
-            f"(bootstrap over {images} images)",
-            f"RSNA Mean Average Precision: {figures['rsna']:.4f}",
-            f"Total Average Precision: {figures['total']:.4f}"]
-
-
 def search_thresholds(evaluation: Evaluation, gates: Sequence[float],
                       default: tuple[int, int]) -> tuple[int, int]:
     """The pair of thresholds that an Evaluation proves best, as indices of (box threshold, gate).
@@ -260,11 +250,11 @@ def choose_thresholds(evaluate: Callable[[Sequence[float]], Evaluation],
     default = box_thresholds.index(given.box), gates.index(given.gate)
     evaluation = evaluate(box_thresholds)
     box, gate = search_thresholds(evaluation, gates, default)
-    images = len(evaluation.scores)
+    images = f"{len(evaluation.scores)} images"
+    source = f"searched on {images}"
     if (box, gate) == default:
-        source = f"{given.source}; a search on {images} images proved nothing better"
-        return given._replace(source=source)
-    return Thresholds(box_thresholds[box], gates[gate], f"searched on {images} images")
+        source = f"{given.source}; a search on {images} proved nothing better"
+    return given._replace(box=box_thresholds[box], gate=gates[gate], source=source)
 
 
 def prediction_string(boxes: np.ndarray, confidences: np.ndarray) -> str:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cli import IMAGE_SIDE, InputError, atomic_write
+from cli import IMAGE_SIDE, InputError, atomic_write, refuse_if
 
 PATCHES_PER_SIDE = 64  # the U-Net runs on at most 64 x 64 patches
 FEWEST_PATCHES = 32  # a side; five halvings leave 1
@@ -96,15 +96,11 @@ class PneumoniaUNET(nn.Module):
         """Raises InputError if images would have fewer than FEWEST_PATCHES a side or, in training
         in such batches, BatchNorm a single value per channel."""
         side, smallest = IMAGE_SIDE // rescale_factor, FEWEST_PATCHES * self.patch_size
-        if side < smallest:
-            raise InputError(
-                f"--rescale-factor {rescale_factor} makes images of {side} pixels a side, but the "
-                f"checkpoint's network takes {smallest} and more: give {IMAGE_SIDE // smallest} or "
-                "less")
-        if side == smallest and batch_size == 1:
-            raise InputError(
-                f"--batch-size 1 leaves BatchNorm one value per channel at --rescale-factor "
-                f"{rescale_factor}: give 2 or more")
+        refuse_if(side < smallest, f"--rescale-factor {rescale_factor} makes images of {side} "
+                  f"pixels a side, but the checkpoint's network takes {smallest} and more: give "
+                  f"{IMAGE_SIDE // smallest} or less")
+        refuse_if(side == smallest and batch_size == 1, "--batch-size 1 leaves BatchNorm one value "
+                  f"per channel at --rescale-factor {rescale_factor}: give 2 or more")
 
     def _initialize(self, alpha_leaky):
         """He initialization (arXiv:1502.01852); the last bias is a prior (arXiv:1708.02002)."""
@@ -157,17 +153,15 @@ class Runtime(NamedTuple):
 
 
 def choose_runtime(device: str, precision: str) -> Runtime:
-    """Resolves `auto`: the first available of CUDA, MPS and CPU, in the fastest precision that it
-    computes natively. Raises InputError for a device that is not available and fp16 on a CPU.
-    """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True}
+    """Resolves `auto`: CUDA where it is available, else the CPU, in the fastest precision that it
+    computes natively. Raises InputError for CUDA that is not available and fp16 on a CPU."""
+    has_cuda = torch.cuda.is_available()
     if device == "auto":
-        device = next(name for name in available if available[name])
-    if not available[device]:
-        raise InputError(f"--device {device} is not available here; use --device auto")
-    if device == "cpu" and precision == "fp16":
-        raise InputError("--precision fp16 needs a GPU; use bf16 or fp32 on the CPU")
+        device = "cuda" if has_cuda else "cpu"
+    refuse_if(device == "cuda" and not has_cuda,
+              "--device cuda is not available here; use --device auto")
+    refuse_if(device == "cpu" and precision == "fp16",
+              "--precision fp16 needs a GPU; use bf16 or fp32 on the CPU")
     if precision == "auto":
         precision = _fastest_precision(device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -178,7 +172,7 @@ def _fastest_precision(device):
     if device == "cuda":
         return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
     cpu_info = Path("/proc/cpuinfo")  # Linux: its flags name the bf16 units
-    has_bf16 = device == "cpu" and cpu_info.exists() and "avx512_bf16" in cpu_info.read_text()
+    has_bf16 = cpu_info.exists() and "avx512_bf16" in cpu_info.read_text()
     return "bf16" if has_bf16 else "fp32"
 
 
@@ -201,10 +195,9 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[Pne
     """
     checkpoint = _read_checkpoint(path, device)
     weights = checkpoint["state_dict"]
-    config = dict(checkpoint.get("config") or {"legacy": "up_1.1.bn.weight" in weights})
-    config.setdefault("width", 64)  # of all networks before it was an option
+    config = checkpoint.get("config") or {"legacy": "up_1.1.bn.weight" in weights}
     try:
-        model = PneumoniaUNET(**config)
+        model = PneumoniaUNET(**{"width": 64} | config)  # of all networks before it was an option
         model.load_state_dict(weights)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())

@@ -22,7 +22,7 @@ from torch.utils.data import BatchSampler, Sampler
 import cli
 from model import Runtime, choose_runtime
 
-PATIENCE = timedelta(hours=1)  # while one process prepares or draws the images
+PATIENCE = timedelta(hours=1)  # of the others while one process prepares or draws the images
 FIRST_SECONDS = 10  # for the first process to report an error that all have
 
 
@@ -34,8 +34,8 @@ class Launch(NamedTuple):
 
 
 def find_launch() -> Launch:
-    """The Launch of torchrun or a launcher like it. Variables that another program has left over
-    are those of a single process."""
+    """The Launch of torchrun or a launcher like it. Variables that are left over from another
+    program count as those of a single process."""
     def number(name: str, default: int) -> int:
         text = os.environ.get(name, "").strip()
         return int(text) if text.isdigit() else default
@@ -46,8 +46,8 @@ def find_launch() -> Launch:
 
 
 def run(main: Callable[[], int]) -> None:
-    """Runs a script's `main` like cli.run: of the processes on a machine, the first alone prints,
-    and it alone reports an error that all of them have."""
+    """Runs a script's `main` like cli.run. Only the first process on a machine prints, and only it
+    reports an error that all of them have."""
     is_first = find_launch().local_rank == 0
     if not is_first:
         sys.stdout = sys.stderr = open(os.devnull, "w")
@@ -80,32 +80,32 @@ def join(device: str, precision: str) -> Runtime:
     runtime, launch = choose_runtime(device, precision), find_launch()
     if launch.world == 1:
         return runtime
-    place, backend = runtime.device, "gloo"
-    if place.type == "cuda":
+    backend = "gloo"
+    if runtime.device.type == "cuda":
         gpus = torch.cuda.device_count()
-        if launch.local_world > gpus:
-            raise cli.InputError(
-                f"processes: {launch.local_world}, GPUs: {gpus}; lower --nproc-per-node")
-        place, backend = torch.device("cuda", launch.local_rank), "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(place)
-    cli.on_stop(signal.SIG_DFL)  # while it waits for the others, no handler would be called
+        cli.refuse_if(launch.local_world > gpus, f"processes: {launch.local_world}, GPUs: {gpus}; "
+                      "lower --nproc-per-node")
+        runtime = runtime._replace(device=torch.device("cuda", launch.local_rank))
+        torch.cuda.set_device(runtime.device)
+        backend = "cpu:gloo,cuda:nccl"
+    cli.on_stop(signal.SIG_DFL)  # no handler would be called while this waits for the others
     try:
         dist.init_process_group(backend, timeout=PATIENCE)
     except ValueError as error:  # a launcher's variable is missing
         raise cli.InputError(f"{launch.world} processes cannot be connected ({error}): start them "
                              "with torchrun, or unset WORLD_SIZE") from None
     cli.on_stop(cli.stop)
-    return runtime._replace(device=place, rank=dist.get_rank(), world=launch.world)
+    return runtime._replace(rank=dist.get_rank(), world=launch.world)
 
 
 def once(make: Callable[[], Any], runtime: Runtime) -> Any:
     """Calls `make` in one process of each machine and returns its result in all of them."""
     if runtime.world == 1:
         return make()
-    rank = find_launch().local_rank
-    made = make() if rank == 0 else None
+    local_rank = find_launch().local_rank
+    made = make() if local_rank == 0 else None
     pickles = gather([pickle.dumps(made)], runtime)  # those of other machines stay closed
-    return pickle.loads(pickles[runtime.rank - rank]) if rank else made
+    return pickle.loads(pickles[runtime.rank - local_rank]) if local_rank else made
 
 
 def share(items: Sequence, runtime: Runtime) -> Sequence:

@@ -39,6 +39,7 @@ from results import (
     picture_writer,
     refuse_to_replace,
     result_paths,
+    score_lines,
     write_report,
 )
 
@@ -184,16 +185,16 @@ class Results:
         found = sum(made.row.outcome == "found" for made in self.predicted)
         summary = (f"images predicted: {len(self.predicted)}, with opacities: {found}; "
                    f"files skipped: {len(self.skipped)}")
-        score_lines, plots = self._score()
+        lines, plots = self._score()
         rows = [made.row for made in (*self.predicted, *self.skipped)]
-        path = write_report(self.output, rows, lines=[str(self.thresholds), summary, *score_lines],
+        path = write_report(self.output, rows, lines=[str(self.thresholds), summary, *lines],
                             pictures=pictures, plots=plots)
         print(f"{summary}; see {path}")
         if self.labels.boxes:
             ids, labelled = {made.row.patient_id for made in self.predicted}, set(self.labels.boxes)
             cli.warn("ids of the labels have no image that can be read", sorted(labelled - ids))
             cli.warn("images have no label and are not scored", sorted(ids - labelled))
-        for line in score_lines:
+        for line in lines:
             print(line)
 
     def _score(self):
@@ -214,7 +215,7 @@ class Results:
             scores=np.array([made.scores for made in scored]))
         draw_scores(self.output, evaluation, self.thresholds)
         figures = evaluation.summarize(self.thresholds)
-        return lines + metrics.score_lines(figures, len(scored)), ["scores.png"]
+        return lines + score_lines(figures, len(scored)), ["scores.png"]
 
 
 def make_parser() -> cli.Parser:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from cli import IMAGE_SIDE, LABELS, TRAIN_IMAGES, InputError, warn
+from cli import IMAGE_SIDE, LABELS, TRAIN_IMAGES, InputError, default_path, warn
 
 TRUTH = "Calculated"  # label group of the adjudicated labels; the other groups are single readers'
 OPACITY = "Lung Opacity"
@@ -71,9 +71,10 @@ def find_release(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def image_folder(data: str) -> str:
-    """Name of the folder of training images in the folder `data`: Kaggle's or, of RSNA's own
-    release, the only one there, whose name varies; if there are several, "" for `data` itself."""
+def image_folder() -> str:
+    """Name of the folder of training images in $TRAINML_DATA_PATH: Kaggle's or, of RSNA's own
+    release, the only one there, whose name varies; if there are several, "" for the whole."""
+    data = default_path("TRAINML_DATA_PATH")
     if Path(data, TRAIN_IMAGES).exists() or not find_release(Path(data))["annotations"]:
         return TRAIN_IMAGES
     names = [path.name for path in Path(data).glob("[!.]*") if path.is_dir()]

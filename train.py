@@ -53,7 +53,7 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(__doc__.splitlines()[0])
     parser.add_path("--data", "-d", kind="folder", help="folder of DICOM files",
                     variable="TRAINML_DATA_PATH",
-                    part=image_folder(cli.default_path("TRAINML_DATA_PATH")))
+                    part=image_folder())
     parser.add_path("--labels", "-l", kind="file", help="train.csv of these images",
                     variable="TRAINML_MODEL_PATH", part="train.csv",
                     written_by="python data_processing.py")

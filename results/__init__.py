@@ -18,4 +18,4 @@ from .drawing import (
 )
 from .layout import refuse_to_replace, result_paths
 from .records import Records, overlays, versions
-from .report import Row, write_report
+from .report import Row, score_lines, write_report

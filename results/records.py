@@ -8,7 +8,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from torch import nn
 import cli
 from dataset import PneumoniaDataset
 from engine import Training
-from metrics import Evaluation, Thresholds, score_lines
+from metrics import Evaluation, Thresholds
 from model import Runtime, save_checkpoint
 from radiographs import Radiograph, Reading, read_images
 
 from .curves import draw_history, draw_scores
 from .drawing import IMAGE_SIZE, Overlay, draw_overlay, make_overlay, picture_writer
-from .report import Row, write_report
+from .report import Row, score_lines, write_report
 
 METRIC_NAMES = {  # in metrics.json and final.pth.tar, of what metrics.summarize returns
     "rsna": "rsna_mean_average_precision", "rsna_standard_error": "rsna_standard_error",
@@ -63,10 +63,24 @@ class Records:
         if not self.history and any(folder.glob("*.pth.tar")):
             print(f"{folder} holds the checkpoints of an earlier run, which this one replaces")
         self._write_split()
-        next_step = training.scheduler.last_epoch + 1
-        self.writer = SummaryWriter(folder / "logs", purge_step=next_step)
-        self.writer.add_custom_scalars_multilinechart(
-            ["loss/train", "loss/validation"], "loss", "both")
+        self.writer = None
+        with self._unless_logs_fail():
+            next_step = training.scheduler.last_epoch + 1
+            self.writer = SummaryWriter(folder / "logs", purge_step=next_step)
+            self.writer.add_custom_scalars_multilinechart(
+                ["loss/train", "loss/validation"], "loss", "both")
+
+    @contextmanager
+    def _unless_logs_fail(self):
+        """An error in the block ends TensorBoard's logs, with a warning, but not the run, unless
+        the disk itself is at fault."""
+        try:
+            yield
+        except Exception as error:  # of TensorBoard's many parts
+            if isinstance(error, OSError) and error.errno in cli.DISK_ERRORS:
+                raise
+            print(f"warning: no more logs for TensorBoard: {type(error).__name__}: {error}")
+            self.writer = None
 
     @staticmethod
     def check_disk(folder: Path, model: nn.Module) -> None:
@@ -90,7 +104,8 @@ class Records:
                 name: self.settings[name] for name in ("data", "labels", "save")}
             print("continue with: python train.py",
                   *(f"--{name} {shlex.quote(str(path))}" for name, path in flags.items()))
-        self.writer.close()
+        if self.writer:
+            self.writer.close()
         self.lock.release()
 
     def _write_split(self):
@@ -119,13 +134,20 @@ class Records:
 
     def log_steps(self, last_step: int, losses: Sequence[float], learning_rate: float) -> None:
         """Logs the losses of the steps up to `last_step`, and the learning rate there."""
-        for step, loss in enumerate(losses, last_step - len(losses) + 1):
-            self.writer.add_scalar("steps/loss", loss, step)
-        self.writer.add_scalar("steps/learning_rate", learning_rate, last_step)
+        if self.writer:
+            with self._unless_logs_fail():
+                for step, loss in enumerate(losses, last_step - len(losses) + 1):
+                    self.writer.add_scalar("steps/loss", loss, step)
+                self.writer.add_scalar("steps/learning_rate", learning_rate, last_step)
 
     def log_epoch(self, evaluation: Evaluation, thresholds: Thresholds, speed: float) -> None:
         """Logs the last epoch of the history: its figures, the decision on the image as a
         precision-recall curve, and pictures of validation images with opacities."""
+        if self.writer:
+            with self._unless_logs_fail():
+                self._log_epoch(evaluation, thresholds, speed)
+
+    def _log_epoch(self, evaluation, thresholds, speed):
         scores, epoch = self.history[-1], len(self.history)
         tags = {"loss/train": scores["train_loss"], "loss/validation": scores["loss"],
                 "precision/rsna": scores["rsna"], "precision/total": scores["total"],
@@ -172,7 +194,9 @@ class Records:
         self._report(thresholds, scored, lines)
         scores = {f"final/{name}": figures[name] for name in ("rsna", "total", "auc")}
         compared = {key: str(self.settings[key]) for key in COMPARED}
-        self.writer.add_hparams(compared, scores, run_name=".")
+        if self.writer:
+            with self._unless_logs_fail():
+                self.writer.add_hparams(compared, scores, run_name=".")
         sizes = {f"{name}_images": len(part) for name, part in self.parts.items()}
         sizes |= {f"{name}_patients": len({self.dataset.patients[index] for index in part})
                   for name, part in self.parts.items()}

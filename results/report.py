@@ -1,4 +1,5 @@
-"""The page that shows what a run found: report.html, which opens from the disk without a server."""
+"""What a run found, in lines of text and as a page: report.html, which opens from the disk without
+a server."""
 
 import math
 import os
@@ -38,6 +39,18 @@ class Row(NamedTuple):
             return row
         score = average_precision_image(overlay.boxes, overlay.confidences, overlay.truth)
         return row._replace(score=score, true_boxes=len(overlay.truth))
+
+
+def score_lines(figures: dict[str, float], images: int) -> list[str]:
+    """Lines that scripts print of Evaluation.summarize; the last two are the tutorial's."""
+    views = [f"{view} {figures[f'auc_{view}']:.4f}" for view in ("AP", "PA")
+             if not math.isnan(figures[f"auc_{view}"])]
+    within = f" (within views: {', '.join(views)})" if views else ""
+    return [f"Image ROC AUC: {figures['auc']:.4f}{within}",
+            f"Standard error of the RSNA mAP: {figures['rsna_standard_error']:.4f} "
+            f"(bootstrap over {images} images)",
+            f"RSNA Mean Average Precision: {figures['rsna']:.4f}",
+            f"Total Average Precision: {figures['total']:.4f}"]
 
 
 def write_report(folder: Path, rows: Iterable[Row], *, lines: Sequence[str],

@@ -146,8 +146,6 @@ def test_runtime_options_refuse_unusable_values(flag, value):
 @pytest.mark.parametrize("files, cores", [
     ({"cpu.max": "150000 100000\n"}, 2), ({"cpu.max": "max 100000\n"}, 4), ({}, 4),
     ({"cpu.max": "10000 100000\n"}, 1), ({"cpu.max": "6400000 100000\n"}, 4),
-    ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
-    ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
 ])
 def test_the_quota_of_a_container_limits_the_cores(tmp_path, monkeypatch, files, cores):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)

@@ -321,13 +321,6 @@ def test_auc_within_views_does_not_reward_knowing_the_view():
     assert figures["auc"] > 0.7 and figures["auc_AP"] == figures["auc_PA"] == 0.5
 
 
-def test_score_lines_end_in_the_lines_of_the_tutorial(separable):
-    lines = metrics.score_lines(separable.summarize(Thresholds(0.5, gate=0.5)), 40)
-    assert lines == ["Image ROC AUC: 1.0000",
-                     "Standard error of the RSNA mAP: 0.0000 (bootstrap over 40 images)",
-                     "RSNA Mean Average Precision: 0.6000", "Total Average Precision: 0.3000"]
-
-
 # Thresholds in files
 
 

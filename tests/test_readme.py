@@ -12,21 +12,39 @@ from conftest import ROOT
 from torch.distributed import run
 from trainml.cli import cli
 
-README = (ROOT / "README.md").read_text("utf-8")
+README, CONTRIBUTING = (
+    (ROOT / name).read_text("utf-8") for name in ("README.md", "CONTRIBUTING.md"))
 BLOCKS = re.findall(r"^```\w*\n(.*?)^```", README, re.S | re.M)
 COMMANDS = [line for block in BLOCKS
             for line in re.sub(r"\\\n\s*", "", block).splitlines()]  # a backslash joins two
 SCRIPTS, NOTEBOOKS = sorted(ROOT.glob("*.py")), sorted(ROOT.glob("*.ipynb"))
-FOLDERS = "radiographs", "results", "tools"
-SOURCES = [*SCRIPTS, *(path for name in FOLDERS for path in sorted(ROOT.glob(f"{name}/*.py")))]
+FOLDERS = ["radiographs", "results", "tools"]
+SOURCES = [*SCRIPTS, *(path for name in FOLDERS for path in sorted((ROOT / name).glob("*.py")))]
 WITH_FLAGS = [path.name for path in SCRIPTS if "def make_parser" in path.read_text("utf-8")]
 
 
-def test_files_of_the_table_exist_and_no_script_is_missing():
-    rows = re.findall(r"^\| (`.*?`) \|", README, re.M)
-    named = set(re.findall(r"`([\w-]+\.(?:py|ipynb|sh|html))`", " ".join(rows)))
-    others = [*ROOT.glob("*.sh"), ROOT / "endpoint.html"]  # a run may leave its report.html here
-    assert named == {path.name for path in [*SCRIPTS, *NOTEBOOKS, *others]}
+def rooms(text):
+    """Files and folders that the rows of the first table in `text` name."""
+    [table] = re.findall(r"^\| storey .*?\n\n", text, re.M | re.S)
+    return set(re.findall(r"`([\w-]+(?:\.(?:py|sh)|/))`", table))
+
+
+def test_the_house_of_the_readme_names_six_scripts_and_only_what_is_there():
+    named = rooms(README)
+    assert {"sample_data.py", "data_processing.py", "train.py", "predict.py", "endpoint.py",
+            "predict_scan.sh"} <= named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_house_of_contributing_names_every_room():
+    assert rooms(CONTRIBUTING) == {path.name for path in SCRIPTS} | {f"{name}/" for name in FOLDERS}
+
+
+def test_commands_for_maintainers_name_modules_that_exist():
+    named = re.findall(r"python -m (tools\.\w+)", README + CONTRIBUTING)
+    assert named
+    for name in named:
+        assert (ROOT / f"{name.replace('.', '/')}.py").exists(), name
 
 
 @pytest.mark.parametrize("script", WITH_FLAGS)
@@ -41,19 +59,21 @@ def test_python_commands_parse(script):
 
 @pytest.fixture
 def create(tmp_path):
-    """create(line) returns the options of a `trainml job create` command by the real client."""
-    for name in ("new_images", "output"):
+    """create(line) returns the options of a `trainml ... create` command by the real client."""
+    for name in ("data", "new_images", "output"):
         (tmp_path / name).mkdir()
 
     def create(line):
-        kind, *words = shlex.split(line.replace("~/rsna", str(tmp_path)))[3:]
-        command = cli.commands["job"].commands["create"].commands[kind]
-        return command.make_context(kind, words).params
+        words = shlex.split(line.replace("~/rsna", str(tmp_path)))[1:]
+        command = cli
+        while name := words[0] if hasattr(command, "commands") else "":
+            command, words = command.commands[name], words[1:]
+        return command.make_context(command.name, words).params
     return create
 
 
 def test_trainml_commands_parse_with_the_real_client(create):
-    commands = [line for line in COMMANDS if line.startswith("trainml job create")]
+    commands = [line for line in COMMANDS if line.startswith("trainml ")]
     for line in commands:
         create(line)
     assert len(commands) == 5
@@ -108,12 +128,12 @@ def imports(nodes):
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
+        elif isinstance(node, ast.ImportFrom) and not node.level:  # not of the same package
             yield node.module
 
 
 def trees():
-    """Syntax trees of scripts and notebooks, by file name."""
+    """Syntax trees of scripts, packages and notebooks, by file."""
     found = {str(path): ast.parse(path.read_text("utf-8")) for path in SOURCES}
     for path in NOTEBOOKS:
         cells = json.loads(path.read_text("utf-8"))["cells"]

@@ -314,14 +314,16 @@ def test_without_instances_the_files_keep_their_names(tmp_path):
 
 
 @pytest.mark.parametrize("extra, expected", [([], "mdai images"), (["notes"], "")])
-def test_the_images_are_in_the_only_folder_or_anywhere(folder, extra, expected):
+def test_the_images_are_in_the_only_folder_or_anywhere(folder, extra, expected, monkeypatch):
     for name in (*extra, ".hidden"):
         (folder / name).mkdir()
-    assert release.image_folder(str(folder)) == expected
+    monkeypatch.setenv("TRAINML_DATA_PATH", str(folder))
+    assert release.image_folder() == expected
 
 
-def test_without_a_release_the_folder_is_kaggles(tmp_path):
-    assert release.image_folder(str(tmp_path)) == cli.TRAIN_IMAGES
+def test_without_a_release_the_folder_is_kaggles(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRAINML_DATA_PATH", str(tmp_path))
+    assert release.image_folder() == cli.TRAIN_IMAGES
 
 
 # All together

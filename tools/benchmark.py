@@ -10,7 +10,6 @@ writes all to --json.
 """
 
 import argparse
-import contextlib
 import io
 import json
 import math
@@ -18,6 +17,7 @@ import re
 import tempfile
 import timeit
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from itertools import cycle, islice, product
@@ -41,17 +41,9 @@ from engine import train_one_epoch, training_loader
 from model import PneumoniaUNET, Runtime, choose_runtime
 from radiographs import find_dicom_files, read_header, read_radiograph
 from release import image_folder
-from results import (
-    IMAGE_SIZE,
-    Overlay,
-    draw_overlay,
-    encode_png,
-    make_overlay,
-    save_overlay,
-    versions,
-)
+from results import IMAGE_SIZE, Overlay, draw_overlay, encode_png, make_overlay, save_overlay
 
-MATRIX_SIDE = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # of the product that gives the peak rate
+MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}  # of the product that gives the peak rate
 DISTINCT = 64  # masks drawn; more images repeat them
 STAGES = {  # the limit of each
     "header table": "bare header reads, shared by the workers",
@@ -66,7 +58,7 @@ STAGES = {  # the limit of each
 
 
 class Stage(NamedTuple):
-    """What is timed and what limits it, and how many images a call of each stands for."""
+    """What is timed and what limits it, each with the number of images that one call covers."""
     work: Callable[[], Any]
     images: int
     limit: Callable[[], Any]
@@ -81,14 +73,13 @@ def each(function: Callable[[Any], Any], items: Sequence) -> Callable[[], None]:
     return call
 
 
-def build_file_stages(paths: list[Path], args: argparse.Namespace) -> list[Stage]:
+def file_stages(paths: list[Path], args: argparse.Namespace) -> list[Stage]:
     """Stages that read files; these lie alone in their folder."""
     tags = list(read_header(paths[0]))
     read_bare = partial(dcmread, stop_before_pixels=True, specific_tags=tags)
     images, shared = len(paths), len(paths) * args.workers  # workers share the files at best
-    return [Stage(lambda: read_headers(paths[0].parent), images, each(read_bare, paths), shared),
-            Stage(lambda: prepare(paths, args.rescale_factor, args.workers), images,
-                  each(plain_decode, paths), shared)]
+    return [Stage(partial(read_headers, paths[0].parent), images, each(read_bare, paths), shared),
+            Stage(partial(prepare, paths, args), images, each(plain_decode, paths), shared)]
 
 
 def plain_decode(path: Path) -> None:
@@ -101,13 +92,12 @@ def plain_decode(path: Path) -> None:
             f"{path.resolve()} has no JPEG stream: give another folder with --data") from None
 
 
-def build_network_stages(dataset: PneumoniaDataset, runtime: Runtime,
-                         args: argparse.Namespace) -> list[Stage]:
+def network_stages(dataset: PneumoniaDataset, runtime: Runtime,
+                   args: argparse.Namespace) -> list[Stage]:
     """Stages that run the network, or feed it, on whole batches with train.py's defaults."""
     train_args = train.parse_args([f"--rescale-factor={args.rescale_factor}"])
     loader = training_loader(dataset, range(len(dataset)), args.batch_size, runtime)
-    model = train.build_model(train_args)
-    training = train.build_training(model, loader, train_args, runtime)
+    training = train.build_training(train.build_model(train_args), loader, train_args, runtime)
     batches = [batch for batch, _ in loader]
     images = sum(map(len, batches))
 
@@ -115,8 +105,7 @@ def build_network_stages(dataset: PneumoniaDataset, runtime: Runtime,
         for batch, masks in loader:
             training.augmentation(runtime.load(batch), masks.to(runtime.device).float())
 
-    train_epoch = partial(train_one_epoch, training, log=lambda *_: None)
-    predict = partial(runtime.predict_masks, deepcopy(model).eval())
+    predict = partial(runtime.predict_masks, deepcopy(training.model).eval())
     ready = runtime.load(batches[0])
     theta = torch.eye(2, 3, device=runtime.device).expand(len(ready), 2, 3)
     grid = F.affine_grid(theta, ready.shape, align_corners=True)
@@ -132,7 +121,8 @@ def build_network_stages(dataset: PneumoniaDataset, runtime: Runtime,
     trained = operations / count_operations(args.rescale_factor, training=True)
     predicted = operations / count_operations(args.rescale_factor, training=False)
     return [Stage(load_and_augment, images, resample, images),
-            Stage(train_epoch, images, lambda: matrix @ matrix, trained),
+            Stage(lambda: train_one_epoch(training, log=lambda *_: None), images,
+                  lambda: matrix @ matrix, trained),
             Stage(each(predict, batches), images, lambda: matrix @ matrix, predicted)]
 
 
@@ -149,7 +139,7 @@ def count_operations(rescale_factor: int, *, training: bool) -> int:
 def box_stages(cases: list[Overlay], folder: Path) -> list[Stage]:
     """Stages from masks to boxes, scores and pictures."""
     images, default = len(cases), [metrics.Thresholds().box]
-    canvases = [draw_overlay(case) for case in cases[:DISTINCT]]
+    pictures = [draw_overlay(case) for case in cases[:DISTINCT]]
 
     def score(thresholds: Sequence[float]) -> metrics.Evaluation:
         scores = [metrics.score_mask(case.mask, case.original_size, case.truth, thresholds)
@@ -165,10 +155,10 @@ def box_stages(cases: list[Overlay], folder: Path) -> list[Stage]:
                   lambda: label(metrics.BOX_THRESHOLDS), images),
             Stage(lambda: score(default), images, lambda: label(default), images),
             Stage(each(partial(save_overlay, folder), cases), images,
-                  each(encode_png, canvases), len(canvases))]
+                  each(encode_png, pictures), len(pictures))]
 
 
-@contextlib.contextmanager
+@contextmanager
 def linked(files: Sequence[Path], count: int) -> Iterator[list[Path]]:
     """A temporary folder of `count` links to the files, repeated as often as it takes."""
     with tempfile.TemporaryDirectory() as folder:
@@ -178,14 +168,14 @@ def linked(files: Sequence[Path], count: int) -> Iterator[list[Path]]:
         yield paths
 
 
-def prepare(paths: Sequence[Path], rescale_factor: int, workers: int) -> PneumoniaDataset:
+def prepare(paths: Sequence[Path], args: argparse.Namespace) -> PneumoniaDataset:
     """The data set of the files, each with a random box of the challenge's sizes in both lungs."""
     rng, files = np.random.default_rng(42), {path.stem: path for path in paths}
     low, high = [0, 100, 124, 121], [100, 400, 317, 598]
     corners = np.array([[100, 0, 0, 0], [550, 0, 0, 0]])  # in pixels of the original image
     boxes = {patient_id: corners + rng.uniform(low, high, (2, 4)) for patient_id in files}
-    side = cli.IMAGE_SIDE // rescale_factor
-    return PneumoniaDataset(files, Labels(boxes), side=side, workers=workers)
+    return PneumoniaDataset(files, Labels(boxes, dict.fromkeys(files, "")), workers=args.workers,
+                            side=cli.IMAGE_SIDE // args.rescale_factor)
 
 
 def draw_case(dataset: PneumoniaDataset, index: int, rng: np.random.Generator) -> Overlay:
@@ -209,10 +199,10 @@ def measure(call: Callable[[], Any], repeats: int, device: torch.device) -> floa
 
 def build_stages(paths: list[Path], runtime: Runtime, args: argparse.Namespace) -> list[Stage]:
     """All stages, in the order of STAGES."""
-    dataset, rng = prepare(paths, args.rescale_factor, args.workers), np.random.default_rng(42)
+    dataset, rng = prepare(paths, args), np.random.default_rng(42)
     drawn = [draw_case(dataset, index, rng) for index in range(min(DISTINCT, len(dataset)))]
     cases = list(islice(cycle(drawn), len(dataset)))
-    return [*build_file_stages(paths, args), *build_network_stages(dataset, runtime, args),
+    return [*file_stages(paths, args), *network_stages(dataset, runtime, args),
             *box_stages(cases, paths[0].parent / "pictures")]
 
 
@@ -235,19 +225,15 @@ def time_stages(stages: list[Stage], repeats: int, device: torch.device) -> dict
 
 
 def peak_memory() -> int:
-    """The most bytes of memory that this process has held; 0 on other systems than Linux."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    """The most bytes of memory that this process has held; Linux alone tells."""
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def measure_cache(paths: list[Path], *, rescale_factor: int, workers: int,
-                  batch_size: int) -> dict[str, int]:
+def measure_cache(paths: list[Path], args: argparse.Namespace) -> dict[str, int]:
     """Prints and returns by how much a data set, prepared and read in batches, raises the peak."""
     before = peak_memory()
-    dataset = prepare(paths, rescale_factor, workers)
-    for batch in torch.randperm(len(dataset)).split(batch_size):
+    dataset = prepare(paths, args)
+    for batch in torch.randperm(len(dataset)).split(args.batch_size):
         dataset[batch.tolist()]
     grown = peak_memory() - before
     size = len(dataset) * dataset.side**2
@@ -256,17 +242,17 @@ def measure_cache(paths: list[Path], *, rescale_factor: int, workers: int,
     return {"images": len(dataset), "peak": grown}
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> cli.Parser:
     parser = cli.Parser(__doc__.splitlines()[0])
-    add = parser.add_argument
-    data = cli.default_path("TRAINML_DATA_PATH")
-    add("--data", "-d", default=cli.default_path("TRAINML_DATA_PATH", image_folder(data)),
-        help="folder of DICOM files (default: %(default)s)")
-    add("--images", type=cli.bounded(1, math.inf, int), nargs="+", default=[250],
+    parser.add_path("--data", "-d", kind="folder", help="folder of DICOM files",
+                    variable="TRAINML_DATA_PATH", part=image_folder(),
+                    written_by="python sample_data.py")
+    add, number = parser.add_argument, cli.bounded(1, math.inf, int)
+    add("--images", type=number, nargs="+", default=[250],
         help="number of images, a table for each; files are repeated as needed (default: 250)")
-    add("--cache", type=cli.bounded(1, math.inf, int),
+    add("--cache", type=number,
         help="first measure the memory that this many prepared images take")
-    add("--repeats", type=cli.bounded(1, math.inf, int), default=3,
+    add("--repeats", type=number, default=3,
         help="times that a stage is measured; the median counts (default: %(default)s)")
     add("--json", help="file to write the figures to")
     parser.add_runtime_options(batch_size=8, rescale_factor=4)
@@ -274,29 +260,24 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
-    runtime = choose_runtime(args.device, args.precision)
-    data = cli.require(args.data, "folder", variable="TRAINML_DATA_PATH",
-                       flag="--data (python sample_data.py makes one)")
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    parser.check_paths(args)
     if args.json:
         cli.output_folder(Path(args.json).parent, flag="--json")
-    files = list(find_dicom_files(data)[0].values())
-    if not files:
-        raise cli.InputError(f"no file in {data}: give the folder of the images with --data")
-    device = runtime.device.type
-    if device == "cuda":
-        device = torch.cuda.get_device_name()
+    files = list(find_dicom_files(Path(args.data))[0].values())
+    cli.refuse_if(not files, f"no file in {args.data}: give the folder of the images with --data")
+    runtime = choose_runtime(args.device, args.precision)
+    is_gpu = runtime.device.type == "cuda"
+    device = torch.cuda.get_device_name() if is_gpu else "cpu"
     print(f"{device}, {runtime.dtype}, {cli.usable_cores()} cores, {args.workers} workers, batches "
           f"of {args.batch_size}, {cli.IMAGE_SIDE // args.rescale_factor} pixels, median of "
-          f"{args.repeats}; {len(files)} files in {data}")
-
+          f"{args.repeats}; {len(files)} files in {args.data}")
     figures = {"device": device, "cores": cli.usable_cores(), "dtype": str(runtime.dtype),
-               "arguments": vars(args), "versions": versions(), "tables": []}
+               "torch": torch.__version__, "arguments": vars(args), "tables": []}
     if args.cache:
         with linked(files, args.cache) as paths:
-            figures["cache_bytes"] = measure_cache(
-                paths, rescale_factor=args.rescale_factor, workers=args.workers,
-                batch_size=args.batch_size)
+            figures["cache_bytes"] = measure_cache(paths, args)
     for count in args.images:
         with linked(files, count) as paths:
             stages = build_stages(paths, runtime, args)

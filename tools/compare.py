@@ -10,29 +10,29 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 
-FIGURES = ("image_roc_auc", "image_roc_auc_AP", "image_roc_auc_PA")
+SCORE = "rsna_mean_average_precision"
+AUCS = ["image_roc_auc", "image_roc_auc_AP", "image_roc_auc_PA"]
 
 
 def read_runs(folder):
-    """{(fold, seed): content of metrics.json}"""
-    runs = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*/metrics.json"))]
-    return {(run["arguments"]["fold"], run["arguments"]["seed"]): run for run in runs}
+    """A row of figures for each run in a folder, indexed by seed and fold."""
+    runs = [json.loads(path.read_text()) for path in Path(folder).glob("*/metrics.json")]
+    table = pd.json_normalize(runs).set_index(["arguments.seed", "arguments.fold"]).sort_index()
+    table["epoch"] = table["seconds.train"] / table["history"].str.len()
+    return table
 
 
 def table_line(name, runs, reference):
-    scores = {key: run["rsna_mean_average_precision"] for key, run in runs.items()}
-    pairs = sorted(runs.keys() & reference.keys())
-    gains = [scores[key] - reference[key]["rsna_mean_average_precision"] for key in pairs]
+    gains = (runs[SCORE] - reference[SCORE]).dropna()  # of the seeds and folds that both have
     gain = "-"
     if runs is not reference and len(gains) > 1:
-        gain = f"{np.mean(gains):+.4f} +- {np.std(gains, ddof=1) / len(gains) ** 0.5:.4f}"
-    table = np.array([[run[figure] for figure in FIGURES] for run in runs.values()], float)
-    aucs = [f"{auc:.3f}" for auc in table.mean(0)]  # nan if undefined (None) in a run
-    epoch = np.mean([run["seconds"]["train"] / len(run["history"]) for run in runs.values()])
-    each = ", ".join(f"{scores[key]:.3f}" for key in sorted(scores, key=lambda key: key[::-1]))
-    cells = [name, f"{np.mean(list(scores.values())):.4f}", each, gain, *aucs, f"{epoch:.0f}"]
+        gain = f"{gains.mean():+.4f} +- {gains.sem():.4f}"
+    each = ", ".join(f"{score:.3f}" for score in runs[SCORE])
+    # nan if undefined (None) in a run
+    aucs = [f"{auc:.3f}" for auc in runs[AUCS].astype(float).mean(skipna=False)]
+    cells = [name, f"{runs[SCORE].mean():.4f}", each, gain, *aucs, f"{runs['epoch'].mean():.0f}"]
     return "| " + " | ".join(cells) + " |"
 
 

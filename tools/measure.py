@@ -1,5 +1,5 @@
 """Prints the size of the code: code lines and longest function by file and by room (a folder is a
-room), the names of ours that train.py uses, and public functions without type hints.
+room), and the names of ours that train.py uses.
 
     python -m tools.measure
 """
@@ -14,10 +14,6 @@ SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tok
            tokenize.ENDMARKER}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 WINGS = "radiographs", "results", "tools"
-
-
-def functions_of(tree):
-    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
 
 
 def code_lines(source, tree):
@@ -36,33 +32,30 @@ def code_lines(source, tree):
 def names_of_ours(tree, own):
     """Names that a module takes from the others: `from x import name`, or `x.name` after `import
     x`."""
-    names, imported = set(), set()
+    imported = {alias.name for node in tree.body if isinstance(node, ast.Import)
+                for alias in node.names} & own
+    names = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names} & own
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module in own:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if node.value.id in imported:
-                names.add(f"{node.value.id}.{node.attr}")
+        match node:
+            case ast.ImportFrom() if node.module in own:
+                names |= {f"{node.module}.{alias.name}" for alias in node.names}
+            case ast.Attribute(value=ast.Name()) if node.value.id in imported:
+                names.add(ast.unparse(node))
     return sorted(names)
 
 
 def main():
     paths = sorted(Path(".").glob("*.py"))
-    own, untyped, rooms = {path.stem for path in paths} | set(WINGS), [], Counter()
+    own, rooms = {path.stem for path in paths} | set(WINGS), Counter()
     print(f"{'file':<28}{'lines':>7}{'code':>7}{'longest function':>30}")
     for path in paths + [path for wing in WINGS for path in sorted(Path(wing).glob("*.py"))]:
         source = path.read_text("utf-8")
         tree = ast.parse(source)
-        functions, code = functions_of(tree), code_lines(source, tree)
+        code = code_lines(source, tree)
         length, longest = max(((node.end_lineno - node.lineno + 1, node.name)
-                               for node in functions), default=(0, "-"))
+                               for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)),
+                              default=(0, "-"))
         print(f"{str(path):<28}{len(source.splitlines()):>7}{code:>7}{longest:>25} {length:>4}")
-        untyped += [f"{path.stem}.{node.name}" for node in tree.body
-                    if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
-                    and node.returns is None and path.parts[0] != "tools"]
         rooms[path.parts[0]] += code
     print(f"\n{'room':<28}{'code':>14}")
     for room, code in sorted(rooms.items()):
@@ -72,7 +65,6 @@ def main():
           f"{'top level, no sample_data':<28}{flat - rooms['sample_data.py']:>14}")
     names = names_of_ours(ast.parse(Path("train.py").read_text("utf-8")), own)
     print(f"train.py uses {len(names)} names of ours: {', '.join(names)}")
-    print(f"{len(untyped)} public functions without a return type: {', '.join(untyped) or 'none'}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ def training(steps_done, history=()):
                            scheduler=SimpleNamespace(last_epoch=steps_done))
 
 
-IMAGES = SimpleNamespace(patient_ids=["a", "b", "c", "d"], skipped=[])
+IMAGES = SimpleNamespace(patient_ids=["a", "b", "c", "d"], skipped=[],
+                         patients=["Mr. X", "Mr. X", "c", "d"])
 BEFORE = {"training": [0, 1], "validation": [2]}
 
 
@@ -46,24 +47,18 @@ def begin(folder, parts, history=()):
         pass
 
 
-def test_a_new_run_says_nothing_of_a_split(tmp_path, capsys):
+def test_a_split_has_numbers_instead_of_the_names_of_patients(tmp_path):
     begin(tmp_path, BEFORE)
-    begin(tmp_path, {"training": [2], "validation": [0]})
-    assert not capsys.readouterr().out
+    text = (tmp_path / "split.csv").read_text()
+    assert text.startswith("patientId,split,patient\n") and "Mr. X" not in text
 
 
-def test_a_run_that_continues_with_the_same_data_says_nothing(tmp_path, capsys):
-    begin(tmp_path, BEFORE)
-    begin(tmp_path, BEFORE, history=[{}])
-    assert not capsys.readouterr().out
-
-
-def test_a_run_that_continues_with_other_data_tells_which_images_changed_their_part(
-        tmp_path, capsys):
-    begin(tmp_path, BEFORE)
-    begin(tmp_path, {"training": [0, 2, 3], "validation": [1]}, history=[{}])
-    told = capsys.readouterr().out
-    assert told.startswith("warning: images are new") and told.endswith(" (3): c, d, b\n")
+def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys, monkeypatch):
+    with Records(tmp_path, {}, training(0), IMAGES, BEFORE) as run:
+        monkeypatch.setattr(run.writer, "add_scalar", lambda *_: 1 / 0)
+        run.log_steps(1, [0.5], 0.1)
+        run.log_steps(2, [0.5], 0.1)
+    assert capsys.readouterr().out.count("no more logs for TensorBoard: ZeroDivisionError") == 1
 
 
 def test_metrics_without_a_value_are_null_since_json_has_no_nan(tmp_path):

@@ -1,3 +1,4 @@
+import math
 import re
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 
 from metrics import Thresholds
 from results.drawing import Overlay
-from results.report import Row, write_report
+from results.report import Row, score_lines, write_report
 
 NAME = "<b>bold<img src=x onerror=alert(1)>&amp;"
 
@@ -112,3 +113,17 @@ def test_nothing_is_requested_from_elsewhere(tmp_path):
 def test_bytes_that_are_not_text_are_escaped(tmp_path, pictures):
     row = Row("f\udcf6hn", "skipped", "is damaged")
     assert r"\udcf6" in write(tmp_path, [row], pictures=pictures)
+
+
+# Lines
+
+
+@pytest.mark.parametrize("pa, within", [
+    (0.25, " (within views: AP 0.7500, PA 0.2500)"), (math.nan, " (within views: AP 0.7500)")])
+def test_score_lines_end_in_the_lines_of_the_tutorial(pa, within):
+    figures = {"auc": 0.5, "auc_AP": 0.75, "auc_PA": pa, "rsna": 0.6, "rsna_standard_error": 0.01,
+               "total": 0.3}
+    assert score_lines(figures, 40) == [
+        f"Image ROC AUC: 0.5000{within}",
+        "Standard error of the RSNA mAP: 0.0100 (bootstrap over 40 images)",
+        "RSNA Mean Average Precision: 0.6000", "Total Average Precision: 0.3000"]
