@@ -77,7 +77,7 @@ def batch(cuda):
 
 class Batches(list):
     """A loader of batches that are there already."""
-    sampler = SimpleNamespace(batch_size=COUNT)
+    sampler, dataset = SimpleNamespace(batch_size=COUNT), range(5 * COUNT)
 
 
 @pytest.fixture
