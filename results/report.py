@@ -77,10 +77,10 @@ def _html_row(row, folder, pictures, columns):
     if pictures and has_id and os.path.exists(picture_path(folder / pictures, row.patient_id)):
         name = quote(f"{pictures}/{row.patient_id}.png")
         link = f'<a href="{name}"><img loading="lazy" src="{name}" alt=""></a>'
-    result = f"{row.outcome}: {row.remark}" if row.remark else row.outcome
+    remark = f"<p>{escape(row.remark)}" if row.remark else ""  # goes on after the name
     numbers = [f"{row.confidence:.3f}", str(row.true_boxes), f"{row.score:.3f}"]
     numbers = ["-" if number in ("nan", "None") else number for number in numbers]
-    cells = [link, escape(row.patient_id), escape(result), *numbers][:columns]
+    cells = [link, escape(row.patient_id) + remark, row.outcome, *numbers][:columns]
     return f'<tr class="{row.outcome}">' + "".join(f"<td>{cell}" for cell in cells)
 
 

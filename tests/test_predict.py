@@ -351,7 +351,7 @@ def test_the_report_links_every_picture_and_names_every_skipped_file(mixed):
     *_, data, output, _ = mixed
     page = (output / "report.html").read_text("utf-8")
     assert page.count('<a href="images/') == 4
-    assert page.count('<tr class="skipped">') == 2 and "readme.txt<td>skipped: is not a" in page
+    assert page.count('<tr class="skipped">') == 2 and "readme.txt<p>is not a DICOM" in page
 
 
 def test_a_prediction_does_not_replace_the_report_of_a_training(
