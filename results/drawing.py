@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
-from unicodedata import normalize
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -159,8 +158,7 @@ def _footer(overlay, width, names):
 
 def _caption(overlay, font, width):
     """The id and the thresholds as lines of text that fit into `width` pixels."""
-    # the font has no accents by themselves, as macOS writes file names
-    texts = [normalize("NFC", overlay.patient_id), str(overlay.thresholds or "")]
+    texts = [overlay.patient_id, str(overlay.thresholds or "")]
     if overlay.thresholds and not len(overlay.boxes):
         texts[0] += ", no opacity found"
     lines = []

@@ -157,11 +157,6 @@ def test_without_a_prediction_the_caption_is_the_id_alone():
     assert drawing._caption(overlay, drawing._font(1000), 1000) == ["a"]
 
 
-def test_accents_are_drawn_with_their_letter():
-    overlay = grey(patient_id="Mu\u0308ller", thresholds=None)
-    assert drawing._caption(overlay, drawing._font(1000), 1000) == ["M\u00fcller"]
-
-
 def test_long_ids_are_broken_into_lines_that_fit():
     font = drawing._font(LEGIBLE)
     lines = drawing._caption(grey(patient_id="0123456789" * 20, thresholds=None), font, LEGIBLE)
