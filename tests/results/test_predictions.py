@@ -64,6 +64,17 @@ def test_without_labels_no_truth_is_drawn_and_nothing_scored(tmp_path, capsys):
     assert overlay.truth is None and "Precision" not in capsys.readouterr().out
 
 
+def test_a_run_that_was_stopped_before_its_results_were_written_writes_them_next_time(tmp_path):
+    (tmp_path / "a.dcm").touch()
+    with pytest.raises(KeyboardInterrupt), begin(tmp_path, ["a"]) as predictions:
+        predictions.add("a", BLACK, np.zeros((64, 64)))
+        predictions.keeps_tables = True  # as if it was killed here
+        raise KeyboardInterrupt
+    with begin(tmp_path, ["a"]) as predictions:
+        assert not predictions.left and predictions.finish() == 0
+    assert (tmp_path / "annotations.json").read_text() == '{\n "a": ""\n}'
+
+
 def test_a_complete_run_leaves_no_journal(tmp_path):
     with begin(tmp_path, ["a"]) as predictions:
         predictions.add("a", BLACK, np.zeros((64, 64)))
