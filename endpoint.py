@@ -49,7 +49,7 @@ def get_prediction(pId: str, dicom: str) -> dict[str, dict[str, str]]:
     "remarks": what was ignored or is in doubt, empty if nothing}}.
 
     Boxes are in original pixels. Raises ValueError with the reason if the file cannot be read, and
-    cli.InternalError if this code or the network is at fault.
+    cli.Failure if this code or the network is at fault.
     """
     with _loading:
         network = load_network()
@@ -89,9 +89,9 @@ class Network:
         with self.lock:
             [mask] = self.runtime.predict_masks(self.model, image)
         if not np.isfinite(mask).all():
-            raise cli.InternalError(f"has no result, since {self.checkpoint} gives values that are "
-                                    f"not finite in {self.runtime.dtype}: give the endpoint "
-                                    "another checkpoint, or try predict.py --precision fp32")
+            raise cli.Failure(f"has no result, since {self.checkpoint} gives values that are not "
+                              f"finite in {self.runtime.dtype}: give the endpoint another "
+                              "checkpoint, or try predict.py --precision fp32")
         overlay = make_overlay(patient_id, radiograph, mask, self.thresholds)
         picture = base64.b64encode(encode_png(draw_overlay(overlay))).decode()
         annotations = prediction_string(overlay.boxes, overlay.confidences)
@@ -144,17 +144,14 @@ def _read_form(content_type, body):
 def build_app() -> "FastAPI":  # noqa: F821, imported inside
     """POST /predict, GET /health and the page; refusals are {"detail": reason}, 4xx or 5xx."""
     from fastapi import FastAPI, HTTPException, Request, responses
+    from starlette.requests import ClientDisconnect
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     slots = asyncio.Semaphore(MAX_REQUESTS)
 
     async def receive(request: Request) -> bytes:
-        body, more = bytearray(), True
-        while more:
-            message = await request.receive()
-            if message["type"] == "http.disconnect":
-                raise HTTPException(400, "ended before its body was complete")
-            body += message["body"]
-            more = message["more_body"]
+        body = bytearray()
+        async for part in request.stream():
+            body += part
             if len(body) > MAX_BODY:
                 raise HTTPException(413, f"is larger than {MAX_BODY:,} bytes")
         return bytes(body)
@@ -182,10 +179,10 @@ def build_app() -> "FastAPI":  # noqa: F821, imported inside
                     network.readers.threads, network.predict, content_type, body)
             except asyncio.TimeoutError:
                 raise HTTPException(408, f"took more than {UPLOAD_SECONDS} seconds to arrive")
-            except ValueError as error:
-                raise HTTPException(400, str(error))
-            except cli.InternalError as error:
-                raise HTTPException(500, str(error))
+            except ClientDisconnect:
+                raise HTTPException(400, "ended before its body was complete")
+            except (ValueError, cli.Failure) as error:
+                raise HTTPException(400 if isinstance(error, ValueError) else 500, str(error))
 
     return app
 

@@ -164,9 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         share = {key: files[key] for batch in parallel.share(batches, runtime) for key in batch}
         images = read_images(share.values(), side=cli.IMAGE_SIDE // rescale_factor,
                              workers=args.workers, display_size=settings["image_size"])
-        objects = None
-        if args.dicom:
-            objects = dicom_writer(output / "dicom", files, Path(args.model))
+        objects = dicom_writer(output / "dicom", files, Path(args.model)) if args.dicom else None
         with picture_writer(pictures, objects and objects.write) as write_picture, \
                 images as readings:
             masks = predict_masks(model, zip(share, readings), runtime, batch_size=args.batch_size)

@@ -122,7 +122,7 @@ def test_answers_equal_those_of_predict_for_every_file_that_ships_with_pydicom(
         else:
             assert f"{path},{answer['detail']}" in (output / "skipped.csv").read_text(
                 "utf-8").replace('"', ""), path.name
-    assert not annotations and answered > 50
+    assert not annotations and answered > 40  # others are CT slices or no images
     print(f"{answered} answered")
 
 
@@ -301,6 +301,16 @@ def test_beyond_so_many_requests_at_once_clients_are_sent_away(server, radiograp
         connection.close()
     assert (status, headers["Retry-After"]) == (503, "1") and answer["detail"]
     assert until(200, lambda: server.predict("a", radiograph))[0] == 200
+
+
+def test_a_client_that_goes_away_leaves_no_traceback(server, radiograph):
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n"
+                           b"Content-Type: application/json\r\n\r\n{")
+        time.sleep(0.2)
+    assert server.predict("a", radiograph)[0] == 200
+    assert not Path(server.log.name).read_text()
 
 
 def hostile_bodies(radiograph, count):
