@@ -306,7 +306,7 @@ def test_all_processes_end_and_one_continues_the_run(quick_flags, tmp_path, caps
     assert sum(line.startswith("train.py: ") for line in lines) == 1
     assert not any(line.startswith("[rank") for line in lines)  # a traceback of ours
     output = tmp_path / "output"
-    assert not list(output.glob(".*"))  # nothing half-written
+    assert not list(output.glob(".*.part"))  # nothing half-written
 
     _, state = load_checkpoint(output / "last.pth.tar")
     epochs = len(state["history"]) + 1
