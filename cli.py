@@ -22,6 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+VERSION = "2.0"  # the newest in CHANGELOG.md
 FOLDERS = {"TRAINML_DATA_PATH": "data", "TRAINML_MODEL_PATH": ".", "TRAINML_OUTPUT_PATH": "output"}
 # the challenge's layout; the truth of the test images and the marker are sample_data.py's
 TRAIN_IMAGES, TEST_IMAGES = "stage_2_train_images", "stage_2_test_images"
@@ -183,15 +184,16 @@ def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[io.BufferedWriter]:
+def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[io.BufferedWriter]:
     """Yields a binary file that replaces `path` if the block succeeds; otherwise the old file stays
-    as it was."""
+    as it was. A `durable` file is on the disk then; any other is lost if the power fails soon."""
     temporary = Path(path).with_name(f".{os.getpid()}-{threading.get_ident()}.part")
     try:
         with open(temporary, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         error.filename = str(path)  # a failed write does not name its file
@@ -251,6 +253,24 @@ class _JobLog(io.StringIO):
         return len(text)
 
 
+class _Unbroken:
+    """A stream whose reader may have gone, as with `| head`: what is written then is lost, and the
+    script goes on."""
+
+    def __init__(self, stream: io.TextIOWrapper):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            return len(text)
+
+
 def stop(signum: int, frame: Any) -> None:
     """What Ctrl-C and SIGTERM do while a script runs."""
     raise KeyboardInterrupt(signum)
@@ -264,6 +284,7 @@ def run(main: Callable[[], int | None]) -> None:
     other error keeps its traceback.
     """
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    sys.stdout, sys.stderr = _Unbroken(sys.stdout), _Unbroken(sys.stderr)
     on_stop(stop)
     try:
         status, message = _run_explained(main)

@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from threading import Lock
 
+import numpy as np
 import torch
 
 import cli
@@ -44,9 +45,11 @@ _loading = Lock()  # the cache of load_network alone would let two threads load 
 
 def get_prediction(pId: str, dicom: str) -> dict[str, dict[str, str]]:
     """Answers one file, given as base64 text, in the form of trainML's endpoints:
-    {pId: {"annotations": "confidence x y width height ...", "image": base64 of a PNG}}.
+    {pId: {"annotations": "confidence x y width height ...", "image": base64 of a PNG,
+    "remarks": what was ignored or is in doubt, empty if nothing}}.
 
-    Boxes are in original pixels. Raises ValueError with the reason if there is no answer.
+    Boxes are in original pixels. Raises ValueError with the reason if the file cannot be read, and
+    cli.InternalError if this code or the network is at fault.
     """
     with _loading:
         network = load_network()
@@ -67,6 +70,7 @@ class Network:
     def __init__(self, checkpoint: Path):
         self.readers = ReaderPool(read_request, READERS)  # forked before PyTorch starts threads
         self.runtime = choose_runtime("auto", "auto")
+        self.checkpoint = checkpoint
         self.model, state = load_checkpoint(checkpoint, self.runtime.device)
         self.side = cli.IMAGE_SIDE // (state.get("rescale_factor") or 4)
         self.thresholds = Thresholds.of_checkpoint(state)
@@ -84,10 +88,15 @@ class Network:
         image = torch.from_numpy(radiograph.image[None, None])
         with self.lock:
             [mask] = self.runtime.predict_masks(self.model, image)
+        if not np.isfinite(mask).all():
+            raise cli.InternalError(f"has no result, since {self.checkpoint} gives values that are "
+                                    f"not finite in {self.runtime.dtype}: give the endpoint "
+                                    "another checkpoint, or try predict.py --precision fp32")
         overlay = make_overlay(patient_id, radiograph, mask, self.thresholds)
         picture = base64.b64encode(encode_png(draw_overlay(overlay))).decode()
         annotations = prediction_string(overlay.boxes, overlay.confidences)
-        return {patient_id: {"annotations": annotations, "image": picture}}
+        answer = {"annotations": annotations, "image": picture, "remarks": reading.note}
+        return {patient_id: answer}
 
 
 # Parsing, in a reader: anybody may send anything
@@ -103,8 +112,8 @@ def read_request(request: tuple[str, bytes, int]) -> tuple[str, Radiograph]:
     except (ValueError, TypeError, AttributeError, AssertionError, RecursionError):
         expected = '{"pId": "...", "dicom": "base64 text"}' if is_json else "a form with one file"
         raise UnreadableImage(f"is not {expected}") from None
-    if not patient_id.isprintable() or not re.fullmatch(r'(?![ .])[^<>&"/\\]{1,128}', patient_id):
-        raise UnreadableImage('has an id that is not 1 to 128 plain characters without <>&"/\\')
+    if not patient_id.isprintable() or not re.fullmatch(r"(?![ .])[^<>/\\]{1,128}", patient_id):
+        raise UnreadableImage("has an id that is not 1 to 128 plain characters without <>/\\")
     return patient_id, read_radiograph(io.BytesIO(file), side, IMAGE_SIZE)
 
 
@@ -113,7 +122,9 @@ def _read_json(body):
     [(first, text), (second, patient_id)] = json.loads(body, object_pairs_hook=sorted)
     if (first, second) != ("dicom", "pId") or not isinstance(patient_id, str):
         raise ValueError
-    return patient_id, base64.b64decode("".join(text.split()), validate=True)
+    text = re.sub("^data:[^,]*,", "", "".join(text.split()))  # in lines, or as browsers read files
+    text = text.replace("-", "+").replace("_", "/")  # the form for addresses, which may lack "="
+    return patient_id, base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
 def _read_form(content_type, body):
@@ -123,7 +134,7 @@ def _read_form(content_type, body):
     parser.write(body)
     parser.finalize()
     [file] = files
-    name = file.file_name.decode()
+    name = file.file_name.decode().replace("%22", '"')  # browsers write quotation marks so
     return name if "/" in name else patient_id_of(Path(name)), file.file_object.getvalue()
 
 
@@ -148,13 +159,13 @@ def build_app() -> "FastAPI":  # noqa: F821, imported inside
                 raise HTTPException(413, f"is larger than {MAX_BODY:,} bytes")
         return bytes(body)
 
-    @app.get("/")
+    @app.api_route("/", methods=["GET", "HEAD"])
     async def page() -> responses.FileResponse:
         return responses.FileResponse(Path(__file__).with_name("endpoint.html"))
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> dict[str, str]:
-        return {"status": "ok"}
+        return {"status": "ok", "version": cli.VERSION}
 
     @app.post("/predict")
     async def predict(request: Request) -> dict[str, dict[str, str]]:

@@ -147,9 +147,10 @@ class Runtime(NamedTuple):
 
     @torch.inference_mode()
     def predict_masks(self, model: nn.Module, images: torch.Tensor) -> np.ndarray:
-        """images uint8 (B, 1, S, S) -> mask probabilities (B, S, S)."""
-        logits = self.segment(model, self.load(images))
-        return logits.sigmoid()[:, 0].cpu().numpy()
+        """images uint8 (B, 1, S, S) -> mask probabilities (B, S, S), NaN where the network's value
+        is not finite."""
+        logits = self.segment(model, self.load(images))[:, 0]
+        return logits.sigmoid().where(logits.isfinite(), torch.nan).cpu().numpy()
 
 
 def choose_runtime(device: str, precision: str) -> Runtime:

@@ -12,6 +12,6 @@ needs NumPy, Pillow, simplejpeg, pydicom and, for compressed files, python-gdcm,
 """
 
 from .dicom import Radiograph, load_and_prepare_image, read_header, read_radiograph
-from .errors import ImageWarning, UnreadableImage
+from .errors import ImageWarning, UnreadableImage, decoding_errors
 from .files import find_dicom_files, find_radiographs, patient_id_of
 from .readers import ReaderPool, Reading, read_images, readings_of

@@ -11,18 +11,26 @@ import simplejpeg
 from PIL import Image, ImageOps
 from pydicom import dcmread
 from pydicom.encaps import get_frame
-from pydicom.multival import MultiValue
 from pydicom.pixels import apply_color_lut, pixel_array
 from pydicom.tag import Tag
 from pydicom.uid import UID, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLosslessSV1
 
 from .errors import UnreadableImage, add_note, check_size, decoding_errors
-from .greyscale import bit_layout, display_hints, displayed, luminance, unit_range, without_outliers
+from .greyscale import (
+    bit_layout,
+    display_hints,
+    displayed,
+    luminance,
+    text_of,
+    unit_range,
+    without_outliers,
+)
 from .pictures import SIGNATURES, check_jpeg, grey_jpeg, other_kind, picture_frame
 
 TAGS = ["PatientSex", "PatientAge", "ViewPosition", "PatientID", "Rows", "Columns"]
-TAG_NUMBERS = [Tag(name) for name in TAGS]  # looked up once, not for every file
+TAG_NUMBERS = [Tag(name) for name in TAGS]
 PROJECTIONS = {"CR", "DX", "DR", "RG", "RF", "XA"}  # values of Modality; some others are used, too
+PROJECTION_CLASSES = "X-Ray", "Radiography", "Secondary Capture"  # in names of SOP classes
 NOT_PROJECTIONS = {
     "CT", "MR", "PT", "NM", "US", "OCT", "OPT", "SM", "GM", "ES", "SEG", "RTDOSE", "RTSTRUCT",
     "RTPLAN", "RTRECORD", "SR", "PR", "KO", "REG", "FID", "AU", "ECG", "HD", "EPS", "PLAN", "DOC"}
@@ -63,7 +71,8 @@ def load_and_prepare_image(
     Returns the image, float32 (side, side), scaled to 0..1 by its own range (a constant image gives
     zeros) with air dark (MONOCHROME2), and its original size (height, width) in pixels. Raises
     UnreadableImage with the reason; warns with ImageWarning if the image is constant, was in
-    colour, or part of the file was ignored or is in doubt.
+    colour, has outliers or, by its header, shows something else than a frontal chest, or if part of
+    the file was ignored or is in doubt.
     """
     return _prepare(path, side)[:2]
 
@@ -119,7 +128,7 @@ def _dicom_frames(path, side, display_size):
     with decoding_errors():
         dataset = dcmread(path)
         header, hints = _header_of(dataset), display_hints(dataset)
-        pixels = [len(dataset[keyword].value or ()) for keyword in PIXELS if keyword in dataset]
+        pixels = [len(dataset[tag].value or ()) for tag in PIXELS if tag in dataset]
     _refuse_object(header)
     if not pixels:
         raise UnreadableImage("has no pixel data: it holds no image, or was cut off before its end")
@@ -140,23 +149,20 @@ def _dicom_frames(path, side, display_size):
     return frame, shown, original_size
 
 
-# keyword: value where it is absent or empty
+# tags are looked up once, not for every file; integers have a value where they are absent or empty
 INTEGERS = {"Rows": 0, "Columns": 0, "NumberOfFrames": 1, "SamplesPerPixel": 1}
-WORDS = ("Modality", "SOPClassUID", "PhotometricInterpretation", "ViewPosition", "BodyPartExamined",
-         "PatientOrientation")
-PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+WORDS = {name: Tag(name) for name in (
+    "Modality", "SOPClassUID", "PhotometricInterpretation", "ViewPosition", "BodyPartExamined",
+    "PatientOrientation")}
+PIXELS = [Tag(name) for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")]
 
 
 def _header_of(dataset):
     """What decides how a file is decoded, as plain values by keyword."""
     header = {name: int(dataset.get(name) or default) for name, default in INTEGERS.items()}
-    header |= {name: _words(dataset.get(name)) for name in WORDS}
+    header |= {name: text_of(dataset, tag) for name, tag in WORDS.items()}
     header["TransferSyntaxUID"] = dataset.file_meta.get("TransferSyntaxUID")
     return header
-
-
-def _words(value):
-    return "\\".join(map(str, value)) if isinstance(value, MultiValue) else str(value or "").strip()
 
 
 def _is_grey(header):
@@ -171,23 +177,24 @@ def _is_negative(header):
 def _refuse_object(header):
     """Refuses objects that are not projection images, by Modality or, where it does not tell, by
     SOP class."""
-    modality, kind = header["Modality"].upper(), UID(header["SOPClassUID"]).name
+    modality = header["Modality"]
+    if modality in PROJECTIONS:
+        return
     if modality in NOT_PROJECTIONS:
         raise UnreadableImage(f"is not a radiograph: its Modality is {modality}")
-    is_other = "Storage" in kind and not any(
-        word in kind for word in ("X-Ray", "Radiography", "Secondary Capture"))
-    if is_other and modality not in PROJECTIONS:
+    kind = UID(header["SOPClassUID"]).name
+    if "Storage" in kind and not any(word in kind for word in PROJECTION_CLASSES):
         raise UnreadableImage(f"is not a radiograph: its SOP class is {kind}")
 
 
 def _note_view(header):
     """Remarks on what the header says of an image other than a frontal, upright one of a chest."""
-    view, part = header["ViewPosition"].upper(), header["BodyPartExamined"].upper()
+    view, part = header["ViewPosition"], header["BodyPartExamined"]
     if view and not any(word in view for word in ("AP", "PA", "ANTERO", "POSTERO")):
         add_note(f"has the view position {view}, not AP or PA")
-    if part and not any(word in part for word in ("CHEST", "THORA", "LUNG")):
+    if part and not any(word in part for word in ("CHEST", "THORA", "LUNG", "BODY")):
         add_note(f"shows the body part {part}, not the chest")
-    orientation = header["PatientOrientation"].upper().split("\\")
+    orientation = header["PatientOrientation"].split("\\")
     if len(orientation) == 2 and [end[:1] for end in orientation] != ["L", "F"]:
         add_note(f"is turned, mirrored or a side view: its patient orientation is "
                  f"{'/'.join(orientation)}, that of an upright frontal image L/F")

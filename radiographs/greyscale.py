@@ -8,6 +8,8 @@ A display hint that cannot be used is ignored with an ImageWarning.
 from typing import NamedTuple
 
 import numpy as np
+from pydicom.multival import MultiValue
+from pydicom.tag import Tag
 
 from .errors import add_note
 
@@ -19,7 +21,7 @@ def _leave_out(hint):
     add_note(f"is read without its {hint}, which cannot be used")
 
 
-# What the header says; each of these is None where it cannot be used
+# What the header says; None where it cannot be used
 
 
 def _numbers(dataset, keyword):
@@ -58,22 +60,29 @@ def _table(dataset, keyword):
     return (entries[:count], first) if len(entries) >= count else None
 
 
-def _word(dataset, keyword):
-    return str(dataset[keyword].value or "").upper()
+def text_of(dataset, tag) -> str:
+    """Text of an element in capitals, values with a backslash between them; empty if absent."""
+    element = dataset.get_item(tag) if tag in dataset else None  # a tenth of the time of get()
+    value = element.value if element else ""
+    if isinstance(value, MultiValue):
+        value = "\\".join(map(str, value))
+    text = value.decode("ascii", "replace") if isinstance(value, bytes) else str(value or "")
+    return text.strip(" \0").upper()
 
 
 HINTS = {
     "ModalityLUTSequence": _table, "RescaleSlope": _number, "RescaleIntercept": _number,
     "VOILUTSequence": _table, "WindowCenter": _numbers, "WindowWidth": _numbers,
-    "VOILUTFunction": _word, "PixelPaddingValue": _number, "PixelPaddingRangeLimit": _number,
+    "VOILUTFunction": text_of, "PixelPaddingValue": _number, "PixelPaddingRangeLimit": _number,
 }
+HINT_TAGS = {keyword: Tag(keyword) for keyword in HINTS}  # looked up once, not for every file
 
 
 def display_hints(dataset) -> dict:
     """The display hints that a pydicom dataset has, by keyword: finite numbers, words, lists of
     numbers for windows, and tables as (entries, first value mapped); None where one cannot be
     used."""
-    present = [keyword for keyword in HINTS if keyword in dataset]
+    present = [keyword for keyword, tag in HINT_TAGS.items() if tag in dataset]
     return {keyword: HINTS[keyword](dataset, keyword) for keyword in present}
 
 
@@ -166,10 +175,12 @@ def _transform(values, stage, hints):
             continue
         candidates = () if None in given else function(values, hints, *given)
         for number, changed in enumerate(candidates, 1):
-            if _varies(changed) and (not _is_flat(changed) or _is_flat(values)):
+            if changed is None or not _varies(changed):
+                continue
+            if not _is_flat(changed) or _is_flat(values):
                 if number > 1:
-                    add_note(f"is read with window {number} of several; the first turns nearly all "
-                             "of it white or black")
+                    add_note(f"is read with window {number} of several: the first cannot be used "
+                             "or turns nearly all of it white or black")
                 return changed
         _leave_out(name)
     return values
@@ -197,7 +208,7 @@ def _rescale(values, hints, slope, intercept):
 
 
 def _window(values, hints, centers, widths):
-    """PS3.3 C.11.2.1.2 and C.11.2.1.3 up to scale and offset; nothing for a width not allowed."""
+    """PS3.3 C.11.2.1.2 and C.11.2.1.3 up to scale and offset; None for a width not allowed."""
     function = hints.get("VOILUTFunction", "LINEAR")
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
         _leave_out("VOI LUT Function")
@@ -205,12 +216,14 @@ def _window(values, hints, centers, widths):
     for center, width in zip(centers, widths):
         if function == "LINEAR":
             center, width = center - 0.5, width - 1
-            if width == 0:
-                yield np.where(values > center, 1.0, 0.0)
-        if width > 0:
+        if width == 0 and function == "LINEAR":
+            yield np.where(values > center, 1.0, 0.0)
+        elif width > 0:
             distance = (values - center) / width
             is_curved = function == "SIGMOID"
             yield np.tanh(2 * distance) if is_curved else np.clip(distance, -0.5, 0.5)
+        else:
+            yield None
 
 
 STAGES = (  # PS3.3 C.11.1 and C.11.2: (name in notes, function, keywords of its arguments)
@@ -233,13 +246,13 @@ def without_outliers(pixels: np.ndarray) -> np.ndarray:
     """The pixels as they are or, if half of their range or more belongs to FEW of them at an end,
     such as hot pixels and burned-in letters, with these cut to the range of the others.
 
-    In the challenge's images, all values lie within 1.93 times the range of the middle 98 %.
+    In 2,574 images of the challenge, the range is 1.93 times that of the middle 98 % at most.
     """
     values = pixels[np.isfinite(pixels)] if pixels.dtype.kind == "f" else pixels.ravel()
     if not values.size:
         return pixels
-    sample = values[::values.size // 4096 | 1]  # not in step with the columns
-    low, high = np.percentile(sample, (100 * FEW, 100 * (1 - FEW)))
+    sample = np.sort(values[::values.size // 2048 | 1])  # odd, so not in step with the columns
+    low, high = (float(sample[round(share * (sample.size - 1))]) for share in (FEW, 1 - FEW))
     span, lowest, highest = high - low, float(values.min()), float(values.max())
     if span == 0 or highest - lowest <= 2 * span:
         return pixels

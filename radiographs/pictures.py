@@ -40,7 +40,7 @@ def other_kind(start: bytes) -> str:
 
 def picture_frame(content: bytes) -> Image.Image:
     """First frame of a PNG, JPEG or TIFF file as a Pillow image `F` in 0..1, upright, without
-    alpha. Its metadata but for the orientation do not matter, however broken."""
+    alpha. Of its metadata only EXIF's orientation matters, and the rest may be broken."""
     with decoding_errors():
         is_grey_with_alpha = content.startswith(PNG) and content[24:26] == b"\x10\x04"
         if content.startswith(PNG):
@@ -51,11 +51,11 @@ def picture_frame(content: bytes) -> Image.Image:
         check_size(*image.size, pages)
         if content.startswith(JPEG):
             check_jpeg(content)
-        has_deep_samples = image.mode in ("RGB", "RGBA") and "16" in str(image.tile[0].args)
+        is_deep_colour = _is_deep_colour(image)
         pixels = _load(image)
-        if has_deep_samples:
+        if is_deep_colour:
             image, _ = _open(content)
-            image.tile = [tile._replace(args=_low_bytes(tile.args)) for tile in image.tile]
+            image.tile = [_low_bytes(tile) for tile in image.tile]
             pixels = pixels.astype(np.uint16) << 8 | _load(image)
         elif is_grey_with_alpha:  # four bytes, of which the first two are the grey value
             pixels = pixels[..., 0].astype(np.uint16) << 8 | pixels[..., 1]
@@ -108,13 +108,25 @@ def _open(content):
     return image, len(whole)
 
 
-def _low_bytes(args):
-    """A tile's arguments with the layout of samples that makes Pillow keep the low byte of 16 bits
-    instead of the high one."""
-    layout, *others = [args] if isinstance(args, str) else args
+def _is_deep_colour(image):
+    """Whether several samples of 16 bits make up a pixel, of which Pillow keeps the high bytes.
+    Refuses arrangements whose low bytes cannot be had either."""
+    if image.format == "TIFF":
+        bits = image.tag_v2.get(258, (1,))
+        is_deep = len(bits) > 1 and max(bits) > 8
+        if is_deep and (image.mode not in ("RGB", "RGBA") or image.tag_v2.get(284, 1) != 1):
+            raise UnreadableImage("holds samples of 16 bits in an arrangement that cannot be read: "
+                                  "save it as a grey PNG of 16 bits")
+        return is_deep
+    return image.mode in ("RGB", "RGBA") and "16" in str(image.tile[0].args)
+
+
+def _low_bytes(tile):
+    """The tile with the layout of samples of which Pillow keeps the low byte of 16 bits instead of
+    the high one."""
+    layout, *others = tile.args if isinstance(tile.args, tuple) else (tile.args,)
     mode, _, kind = layout.partition(";")
-    layout = f"{mode};{LOW_BYTES[kind]}"
-    return (layout, *others) if others else layout
+    return tile._replace(args=(f"{mode};{LOW_BYTES[kind]}", *others))
 
 
 def _load(image):

@@ -5,10 +5,12 @@ Nothing else here needs matplotlib, which takes half a second to import, so it i
 
 import io
 import math
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cli import atomic_write
+from cli import DISK_ERRORS, atomic_write
 from metrics import CURVE_THRESHOLDS, Evaluation, Thresholds, mean_average_precision
 
 CURVES = {  # of curves.png: {title: {name in the history: label}}
@@ -18,11 +20,45 @@ CURVES = {  # of curves.png: {title: {name in the history: label}}
 GATES = [step / 50 for step in range(51)]
 
 
-def draw_history(folder: Path, history: Sequence[dict[str, float]]) -> None:
-    """Writes folder/curves.png: losses, scores and learning rate over the epochs."""
-    from matplotlib.figure import Figure
+def draw_history(path: Path, history: Sequence[dict[str, float]]) -> None:
+    """Plots losses, scores and learning rate over the epochs."""
+    _plot(path, 3.4, _draw_epochs, history)
 
-    figure, epochs = Figure((14, 3.4), layout="constrained"), range(1, len(history) + 1)
+
+def draw_scores(path: Path, evaluation: Evaluation, thresholds: Thresholds) -> None:
+    """Plots ROC and precision-recall curves, and the score over each threshold, with those in use.
+    The evaluation's box thresholds are that in use and CURVE_THRESHOLDS."""
+    _plot(path, 4, _draw_scores, evaluation, thresholds)
+
+
+def _plot(path, height, draw, *values):
+    """Writes as PNG what draw(figure, *values) draws on an empty figure, 14 inches wide.
+
+    The figure has Matplotlib's default style, whatever a matplotlibrc says. A plot never ends a
+    run: any error but that of a full disk is a warning.
+    """
+    if "matplotlib" not in sys.modules:
+        os.environ["MPLBACKEND"] = "agg"  # a notebook may have left one that is not installed
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            figure, content = Figure((14, height), layout="constrained"), io.BytesIO()
+            draw(figure, *values)
+            figure.savefig(content, format="png")
+        with atomic_write(path, durable=False) as file:
+            file.write(content.getbuffer())
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise
+        path.unlink(missing_ok=True)  # that of an earlier run
+        print(f"warning: no {path.name}: {' '.join(str(error).split())}")
+
+
+def _draw_epochs(figure, history):
+    epochs = range(1, len(history) + 1)
     for axes, (title, names) in zip(figure.subplots(1, len(CURVES)), CURVES.items()):
         for name, label in names.items():
             values = [scores.get(name, math.nan) for scores in history]
@@ -30,16 +66,11 @@ def draw_history(folder: Path, history: Sequence[dict[str, float]]) -> None:
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.legend()
-    _save(figure, folder / "curves.png")
 
 
-def draw_scores(folder: Path, evaluation: Evaluation, thresholds: Thresholds) -> None:
-    """Writes folder/scores.png: ROC and precision-recall curves, and the score over each threshold,
-    with those in use. The evaluation's box thresholds are that in use and CURVE_THRESHOLDS."""
-    from matplotlib.figure import Figure
+def _draw_scores(figure, evaluation, thresholds):
     from sklearn.metrics import precision_recall_curve, roc_curve
 
-    figure = Figure((14, 4), layout="constrained")
     roc, precision, score = figure.subplots(1, 3)
     positive, confidences, gate = evaluation.positive, evaluation.confidences, thresholds.gate
     if positive.any() and not positive.all():
@@ -58,11 +89,3 @@ def draw_scores(folder: Path, evaluation: Evaluation, thresholds: Thresholds) ->
     score.axvline(gate, color="C1", linestyle="--", label="gate threshold in use")
     score.set(title="RSNA mean average precision", xlabel="threshold")
     score.legend()
-    _save(figure, folder / "scores.png")
-
-
-def _save(figure, path):
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    with atomic_write(path) as file:
-        file.write(content.getbuffer())

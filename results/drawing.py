@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -29,6 +29,7 @@ GREYS = 252  # of the palette; the colours of STYLES follow them
 BLACK, WHITE = 0, GREYS - 1
 PALETTE = np.vstack([np.linspace(0, 255, GREYS)[:, None].repeat(3, axis=1),
                      [colour for colour, _ in STYLES.values()]]).round().astype(np.uint8).tobytes()
+PictureUser = Callable[["Overlay", Image.Image], None]
 WAITING = 32  # pictures that may wait to be drawn; more would fill the memory
 
 
@@ -174,32 +175,42 @@ def encode_png(picture: Image.Image) -> bytes:
     return content.getvalue()
 
 
-def save_overlay(folder: Path, overlay: Overlay) -> None:
-    """Writes `folder`/<patient_id>.png; prints a warning unless the disk itself is at fault."""
-    content = encode_png(draw_overlay(overlay))
-    path = picture_path(folder, overlay.patient_id)
+def save_overlay(folder: Path | None, overlay: Overlay, also: PictureUser | None = None) -> None:
+    """Draws a picture, hands it to `also`, if there is such a function, and writes it to
+    `folder`/<patient_id>.png, if there is a folder."""
+    picture = draw_overlay(overlay)
+    if also:
+        also(overlay, picture)
+    if folder:
+        content = encode_png(picture)
+        save_file(picture_path(folder, overlay.patient_id), lambda file: file.write(content))
+
+
+def save_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Lets `write` fill a file of results; prints a warning unless the disk itself is at fault."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            file.write(content)
+        with atomic_write(path, durable=False) as file:  # it can be made again
+            write(file)
     except OSError as error:
         if error.errno in DISK_ERRORS:
             raise
-        print(f"warning: no picture of {overlay.patient_id}: {error.strerror}")
+        print(f"warning: no {path.name}: {error.strerror}")
 
 
 @contextmanager
-def picture_writer(folder: Path | None) -> Iterator[Callable[[Overlay], None]]:
-    """Yields a function that lets threads draw and write the picture of an overlay; when the block
-    ends, all are written. Without a folder the function does nothing."""
+def picture_writer(folder: Path | None,
+                   also: PictureUser | None = None) -> Iterator[Callable[[Overlay], None]]:
+    """Yields a function that lets threads draw and write the picture of an overlay, as save_overlay
+    does; when the block ends, all are written. Without folder and `also` it does nothing."""
     waiting = deque()
 
     def write(overlay: Overlay) -> None:
-        waiting.append(threads.submit(save_overlay, folder, overlay))
+        waiting.append(threads.submit(save_overlay, folder, overlay, also))
         if len(waiting) > WAITING:
             waiting.popleft().result()
 
     with ThreadPoolExecutor(2) as threads:
-        yield write if folder else lambda overlay: None
+        yield write if folder or also else lambda overlay: None
         for drawing in waiting:
             drawing.result()

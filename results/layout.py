@@ -4,13 +4,13 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from cli import InputError
+from cli import InputError, default_path
 
 PICTURES = "images", "validation"  # folders, in which the results are the PNG files
 RESULTS = (  # files and folders of training and prediction
-    "logs", "curves.png", "scores.png", "report.html", "annotations.json",
-    "submission.csv", "skipped.csv", "split.csv", "metrics.json", "last.pth.tar",
-    "loss.best.pth.tar", "prec.best.pth.tar", "final.pth.tar")
+    "logs", "curves.png", "scores.png", "report.html", "predictions.html", "predictions.png",
+    "annotations.json", "submission.csv", "skipped.csv", "split.csv", "metrics.json",
+    "last.pth.tar", "loss.best.pth.tar", "prec.best.pth.tar", "final.pth.tar")
 
 
 def result_paths(output: Path, data: Path) -> list[Path]:
@@ -21,7 +21,16 @@ def result_paths(output: Path, data: Path) -> list[Path]:
         return [output]
     folders = [output / name for name in PICTURES] if data == output else []
     pictures = [path for folder in folders for path in folder.rglob("*.png")]
-    return [output / name for name in RESULTS] + pictures
+    objects = [path for path in (output / "dicom").rglob("*.s[rc].dcm") if data == output]
+    return [output / name for name in RESULTS] + pictures + objects
+
+
+def report_names(folder: Path) -> tuple[str, str]:
+    """Names of a prediction's page and its plot. Where train.py saves by default they are others
+    than those of a training, which would replace them."""
+    if folder.resolve() == Path(default_path("TRAINML_OUTPUT_PATH")).resolve():
+        return "predictions.html", "predictions.png"
+    return "report.html", "scores.png"
 
 
 def picture_path(folder: Path, patient_id: str) -> Path:

@@ -172,7 +172,7 @@ class Records:
             if scores is self.history[-1] or not path.exists():
                 self._save(name, thresholds)
         self._save("last", thresholds, **self.training.state_dict())
-        draw_history(self.folder, self.history)
+        draw_history(self.folder / "curves.png", self.history)
 
     def _save(self, name, thresholds, **state):
         """Writes a checkpoint: the weights, all that predict.py needs, how the weights were
@@ -190,7 +190,7 @@ class Records:
         figures = evaluation.summarize(thresholds)
         lines = [str(thresholds), *score_lines(figures, len(scored))]
         self._save("final", thresholds, **_rename(figures))
-        draw_scores(self.folder, evaluation, thresholds)
+        draw_scores(self.folder / "scores.png", evaluation, thresholds)
         self._report(thresholds, scored, lines)
         scores = {f"final/{name}": figures[name] for name in ("rsna", "total", "auc")}
         compared = {key: str(self.settings[key]) for key in COMPARED}
@@ -221,8 +221,8 @@ class Records:
             for overlay in cli.progress(overlays, total=len(scored), description="draw"):
                 rows.append(Row.of(overlay))
                 write_picture(overlay)
-        write_report(self.folder, rows, lines=lines, pictures=folder and folder.name,
-                     plots=["curves.png", "scores.png"])
+        write_report(self.folder / "report.html", rows, lines=lines,
+                     pictures=folder and folder.name, plots=["curves.png", "scores.png"])
 
     def _overlays(self, indices, thresholds, **options):
         return overlays(self.training.model, self.dataset, indices, thresholds,

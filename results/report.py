@@ -53,23 +53,22 @@ def score_lines(figures: dict[str, float], images: int) -> list[str]:
             f"Total Average Precision: {figures['total']:.4f}"]
 
 
-def write_report(folder: Path, rows: Iterable[Row], *, lines: Sequence[str],
-                 pictures: str | None = None, plots: Sequence[str] = ()) -> Path:
-    """Writes folder/report.html: the worst scores first or, without truth, the highest confidences.
+def write_report(path: Path, rows: Iterable[Row], *, lines: Sequence[str],
+                 pictures: str | None = None, plots: Sequence[str] = ()) -> None:
+    """Writes the page: the worst scores first or, without truth, the highest confidences.
 
-    `lines` of text come first; `pictures` names a folder and `plots` files, both in `folder`.
+    `lines` of text come first; `pictures` names a folder and `plots` files, both beside the page.
     """
     rows = sorted(rows, key=lambda row: [
         math.inf if math.isnan(value) else value for value in (row.score, -row.confidence)])
     labelled = [row for row in rows if row.true_boxes is not None]
     columns = COLUMNS if labelled else COLUMNS[:4]
-    path = folder / "report.html"
+    folder, plots = path.parent, [name for name in plots if (path.parent / name).exists()]
     write_text(path, Template(PAGE.read_text("utf-8")).substitute(
         lines="<br>".join(map(escape, lines)), decisions=_decisions(labelled) if labelled else "",
         plots="".join(f'<p><img class="plot" src="{name}" alt="{name}">' for name in plots),
         head="".join(f"<th>{name}" for name in columns),
         rows="\n".join(_html_row(row, folder, pictures, len(columns)) for row in rows)))
-    return path
 
 
 def _html_row(row, folder, pictures, columns):

@@ -12,8 +12,6 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 ROOT = Path(__file__).resolve().parent.parent
-linux = pytest.mark.skipif(sys.platform != "linux",
-                           reason="needs fork, /proc, affinity or any file name")
 SMALL = ["--rescale-factor", "16", "--batch-size", "8", "--device", "cpu", "--precision", "fp32"]
 for variable in ("TRAINML_DATA_PATH", "TRAINML_MODEL_PATH", "TRAINML_OUTPUT_PATH"):
     os.environ.pop(variable, None)

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import http.client
 import json
 import os
@@ -19,9 +20,12 @@ import numpy as np
 import pydicom.data
 import pytest
 from conftest import ROOT, make_dicom
+from PIL import Image
 
+import cli
 import endpoint
 import predict
+from model import PneumoniaUNET, save_checkpoint
 
 PYDICOM = Path(pydicom.data.__file__).parent
 SCAN = ROOT / "predict_scan.sh"
@@ -103,14 +107,17 @@ def test_answers_equal_those_of_predict_for_every_file_that_ships_with_pydicom(
     predict.main(["--data", str(folder), "--model", str(checkpoint), "--output", str(output),
                   "--batch-size", "1"])
     annotations = json.loads((output / "annotations.json").read_text("utf-8"))
+    report = (output / "report.html").read_text("utf-8")
     answered = 0
     for path in sorted(folder.iterdir()):
         status, answer = server.upload(path.name, path.read_bytes())
         if status == 200:
             [(patient_id, answer)] = answer.items()
             picture = (output / "images" / f"{patient_id}.png").read_bytes()
+            remarks = answer.pop("remarks")
             assert answer == {"annotations": annotations.pop(patient_id),
                               "image": base64.b64encode(picture).decode()}, path.name
+            assert html.escape(f"found: {remarks}" if remarks else "") in report, path.name
             answered += 1
         else:
             assert f"{path},{answer['detail']}" in (output / "skipped.csv").read_text(
@@ -147,20 +154,50 @@ def test_an_upload_of_a_form_is_named_by_its_file(server, radiograph):
     assert status == 200 and list(answer) == ["1.2.840"]
 
 
-def test_base64_in_lines_is_read(server, radiograph):
-    body = json.dumps({"pId": "a", "dicom": base64.encodebytes(radiograph).decode()})
-    assert server.call("POST", "/predict", body, JSON)[0] == 200
+@pytest.mark.parametrize("encode", [
+    base64.encodebytes, lambda content: base64.urlsafe_b64encode(content).rstrip(b"="),
+    lambda content: b"data:application/dicom;base64," + base64.b64encode(content)])
+def test_base64_in_lines_for_addresses_or_from_a_browser_is_read(server, radiograph, encode):
+    content = radiograph + b"\xfb\xff" * 40  # that + and / occur
+    body = json.dumps({"pId": "a", "dicom": encode(content).decode()})
+    assert server.call("POST", "/predict", body, JSON)[:2] == server.predict("a", content)
 
 
 def test_health_answers(server):
-    assert server.call("GET", "/health")[:2] == (200, {"status": "ok"})
+    assert server.call("GET", "/health")[:2] == (200, {"status": "ok", "version": cli.VERSION})
+
+
+@pytest.mark.parametrize("path", ["/", "/health"])
+def test_a_monitor_may_ask_for_the_head_alone(server, path):
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
+    connection.request("HEAD", path)
+    assert connection.getresponse().status == 200
+    connection.close()
+
+
+def test_remarks_are_answered(server, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    _, answer = server.upload("a.png", (tmp_path / "a.png").read_bytes())
+    assert answer["a"]["remarks"].startswith("is a colour image")
+
+
+def test_a_network_without_finite_values_is_an_error_of_the_server(tmp_path, radiograph):
+    model = PneumoniaUNET(patch_size=2)
+    next(model.parameters()).data.view(-1)[0] = np.nan
+    save_checkpoint(tmp_path / "nan.pth.tar", model, rescale_factor=16)
+    (tmp_path / "empty").mkdir()
+    server = Server(tmp_path / "nan.pth.tar", tmp_path / "empty")
+    response = server.predict("a", radiograph)
+    server.stop()
+    assert_refused(response, 500, "nan.pth.tar gives values that are not finite")
+    assert "--precision fp32" in response[1]["detail"]
 
 
 # Refusals
 
 
 @pytest.mark.parametrize("patient_id", [
-    "", " a", "../a", "a/b", "a\\b", "..", ".hidden", "<b>a", "a&b", 'a"b', "a\nb", "a\0b",
+    "", " a", "../a", "a/b", "a\\b", "..", ".hidden", "<b>a", "a\nb", "a\0b",
     "a\u202eb", "a\ud800", "x" * 129])
 def test_ids_that_are_markup_paths_or_control_characters_are_refused(
         server, radiograph, patient_id):
@@ -168,9 +205,16 @@ def test_ids_that_are_markup_paths_or_control_characters_are_refused(
 
 
 def test_ids_of_any_script_are_taken(server, radiograph):
-    for patient_id in ("O'Brien 7", "Jo\u0308rg", "\u60a3\u8005 1", "x" * 128):
+    for patient_id in ("O'Brien 7", "M\u00fcller & S\u00f6hne", 'a "b"', "Jo\u0308rg",
+                       "\u60a3\u8005 1", "x" * 128):
         status, answer = server.predict(patient_id, radiograph)
         assert status == 200 and list(answer) == [patient_id]
+
+
+@pytest.mark.parametrize("name", ["a %22b%22 & c.dcm", r'a \"b\" & c.dcm'])
+def test_quotation_marks_in_the_name_of_an_upload_are_kept(server, radiograph, name):
+    _, answer = server.upload(name, radiograph)
+    assert list(answer) == ['a "b" & c']
 
 
 def test_a_file_name_with_folders_is_refused(server, radiograph):

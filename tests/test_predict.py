@@ -1,6 +1,8 @@
+import contextlib
 import csv
 import json
 import os
+import shutil
 import stat
 import zipfile
 
@@ -11,11 +13,11 @@ from PIL import Image
 import metrics
 import predict
 from cli import InputError
-from data_processing import Labels
 from metrics import Thresholds
-from model import PneumoniaUNET, choose_runtime, load_checkpoint, save_checkpoint
+from model import PneumoniaUNET, Runtime, choose_runtime, load_checkpoint, save_checkpoint
 from radiographs import readers
-from radiographs.dicom import Radiograph
+
+CPU = choose_runtime("cpu", "fp32")
 
 
 def run(data, checkpoint, output, *flags):
@@ -70,7 +72,7 @@ def test_every_file_is_in_annotations_or_skipped(mixed):
 def test_the_submission_holds_the_annotations(mixed):
     *_, output, _ = mixed
     rows = [list(row) for row in read_annotations(output).items()]
-    assert read_csv(output / "submission.csv") == [["patientId", "PredictionString"], *rows]
+    assert read_csv(output / "submission.csv")[:5] == [["patientId", "PredictionString"], *rows]
     assert any(text for _, text in rows)
 
 
@@ -175,17 +177,156 @@ def test_batch_size_does_not_change_the_boxes(tmp_path, checkpoint, write_dicom)
         pixels = np.random.default_rng(i).integers(0, 255, (64, 64)).astype(np.uint8)
         write_dicom(tmp_path / f"{i}.dcm", pixels)
     (tmp_path / "1.dcm").write_text("no DICOM")
-    files = {path.stem: path for path in sorted(tmp_path.glob("*.dcm"))}
+    paths = sorted(tmp_path.glob("*.dcm"))
     model, _ = load_checkpoint(checkpoint)
-    runtime = choose_runtime("cpu", "fp32")
-    one, many = (list(predict.predict_files(model, files, runtime, batch_size=size,
-                                            rescale_factor=16, workers=2)) for size in (1, 3))
+    with readers.read_images(paths, side=64, workers=1) as readings:
+        readings = list(zip("01234", readings))
+    one, many = (list(predict.predict_masks(model, readings, CPU, batch_size=size))
+                 for size in (1, 3))
     assert [key for key, *_ in one] == [key for key, *_ in many] == list("01234")
     for (key, _, first), (_, _, second) in zip(one, many):
         if key == "1":
             assert first is None and second is None
         else:
             np.testing.assert_allclose(first, second, atol=1e-5)
+
+
+# A network or a run that fails
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """Function that makes a checkpoint of which a weight or, in the last layer, a bias is a
+    value."""
+    def make(value, name):
+        model = PneumoniaUNET(patch_size=2)
+        dict(model.named_parameters())[name].data.view(-1)[0] = value
+        save_checkpoint(tmp_path / "broken.pth.tar", model, rescale_factor=16)
+        return tmp_path / "broken.pth.tar"
+    return make
+
+
+FIRST, LAST = list(dict(PneumoniaUNET(patch_size=2).named_parameters()))[::len(
+    dict(PneumoniaUNET(patch_size=2).named_parameters())) - 1]
+
+
+@pytest.mark.parametrize("value, name", [
+    (np.nan, FIRST), (np.inf, LAST), (-np.inf, LAST)])  # of -inf alone, the mask would be 0
+def test_a_mask_that_is_not_finite_is_an_error_and_nobody_healthy(
+        square, tmp_path, broken, value, name):
+    output, path = tmp_path / "output", broken(value, name)
+    assert run(square, path, output) == 1
+    assert read_annotations(output) == {}
+    [(_, reason)] = read_csv(output / "skipped.csv")[1:]
+    assert str(path) in reason and "--precision fp32" in reason
+
+
+def test_labels_do_not_need_a_finite_mask(tmp_path, phantoms, broken):
+    assert run(phantoms / "stage_2_test_images", broken(np.nan, FIRST), tmp_path / "output",
+               "--labels", phantoms / "stage_2_test_labels.csv") == 1
+
+
+def test_ids_that_cannot_be_read_are_in_the_submission_alone(square, tmp_path, checkpoint):
+    (square / "b.dcm").write_text("no DICOM")
+    (square / "c.dcm").symlink_to(tmp_path / "nowhere")
+    (square / "readme.txt").write_text("not an id")
+    assert run(square, checkpoint, tmp_path / "output") == 0
+    assert read_annotations(tmp_path / "output").keys() == {"a"}
+    rows = read_csv(tmp_path / "output" / "submission.csv")[1:]
+    assert [key for key, _ in rows] == ["a", "c", "b"] and rows[0][1] and not rows[1][1]
+
+
+@pytest.fixture
+def stoppable(tmp_path, phantoms, checkpoint, monkeypatch, capsys):
+    """predict(output, *flags, stop) predicts four files, one of them damaged; before image number
+    `stop` the run ends with an error. Returns the last line."""
+    data = tmp_path / "four"
+    shutil.copytree(phantoms / "stage_2_test_images", data)
+    damaged, *_ = sorted(data.iterdir())
+    damaged.write_text("no DICOM")
+    masks_of = Runtime.predict_masks
+
+    def predict_four(output, *flags, stop=None, error=KeyboardInterrupt):
+        seen = []
+
+        def predict_masks(runtime, model, images):
+            seen.append(len(images))
+            if len(seen) - 1 == stop:
+                raise error
+            return masks_of(runtime, model, images)
+        monkeypatch.setattr(Runtime, "predict_masks", predict_masks)
+        ends = pytest.raises(error) if stop is not None else contextlib.nullcontext()
+        with ends:
+            assert run(data, checkpoint, output, "--batch-size", "1", *flags) == 0
+        return sum(seen), capsys.readouterr().out.splitlines()
+    return predict_four
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, OSError])
+def test_a_run_that_ends_early_writes_what_is_done_and_says_so(stoppable, tmp_path, error):
+    _, lines = stoppable(tmp_path / "output", stop=2, error=error)
+    assert lines[-1].startswith("partial: 3 of 4 files are done") and "predicted: 2," in lines[-1]
+    assert len(read_annotations(tmp_path / "output")) == 2
+    assert "partial: 3 of 4 files" in (tmp_path / "output" / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize("flags", [[], ["--labels", "stage_2_test_labels.csv"]])
+def test_the_next_run_goes_on_and_ends_as_one_that_was_not_stopped(
+        stoppable, phantoms, tmp_path, flags):
+    flags = [phantoms / word if word.endswith("csv") else word for word in flags]
+    stoppable(tmp_path / "whole", *flags)
+    for stop in (1, 1):
+        stoppable(tmp_path / "parts", *flags, stop=stop)
+    images, _ = stoppable(tmp_path / "parts", *flags)
+    assert images == 1
+    whole, parts = content(tmp_path / "whole"), content(tmp_path / "parts")
+    assert parts == whole
+
+
+def test_a_line_of_the_journal_that_was_cut_off_is_done_again(stoppable, tmp_path):
+    stoppable(tmp_path / "output", stop=2)
+    journal = tmp_path / "output" / ".unfinished-0.jsonl"
+    journal.write_text(journal.read_text()[:-40])
+    assert stoppable(tmp_path / "output")[0] == 2
+    assert len(read_annotations(tmp_path / "output")) == 3
+
+
+def test_a_run_of_other_settings_starts_again_and_says_so(stoppable, tmp_path):
+    stoppable(tmp_path / "output", stop=2)
+    images, lines = stoppable(tmp_path / "output", "--box-threshold", "0.3")
+    assert images == 3
+    assert any(line.startswith("does not go on") and line.endswith(": thresholds")
+               for line in lines)
+
+
+def test_files_that_have_changed_since_are_predicted_again(stoppable, tmp_path):
+    stoppable(tmp_path / "output", stop=2)
+    *_, last = sorted((tmp_path / "output" / "images").iterdir())
+    path = tmp_path / "four" / f"{last.stem}.dcm"
+    os.utime(path, (1, 1))
+    assert stoppable(tmp_path / "output")[0] == 2
+
+
+def test_a_picture_that_is_gone_is_drawn_again(stoppable, tmp_path):
+    stoppable(tmp_path / "output", stop=2)
+    lost, *_ = (tmp_path / "output" / "images").iterdir()
+    lost.unlink()
+    stoppable(tmp_path / "output")
+    assert lost.exists()
+
+
+def test_the_results_of_a_complete_run_are_not_replaced_by_a_part(stoppable, tmp_path):
+    stoppable(tmp_path / "output")
+    before = read_annotations(tmp_path / "output")
+    _, lines = stoppable(tmp_path / "output", "--box-threshold", "0.3", stop=1)
+    assert read_annotations(tmp_path / "output") == before
+    assert lines[-1].startswith("partial: ") and lines[-1].endswith("stays as it is")
+    stoppable(tmp_path / "output", "--box-threshold", "0.3")
+    assert read_annotations(tmp_path / "output") != before
 
 
 # Pictures and the report
@@ -211,6 +352,26 @@ def test_the_report_links_every_picture_and_names_every_skipped_file(mixed):
     page = (output / "report.html").read_text("utf-8")
     assert page.count('<a href="images/') == 4
     assert page.count('<tr class="skipped">') == 2 and "readme.txt<td>skipped: is not a" in page
+
+
+def test_a_prediction_does_not_replace_the_report_of_a_training(
+        square, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRAINML_OUTPUT_PATH", str(tmp_path / "job"))
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "report.html").write_text("of train.py")
+    predict.main(["--data", str(square), "--model", str(checkpoint)])
+    assert (tmp_path / "job" / "report.html").read_text() == "of train.py"
+    assert "<td>a<td>" in (tmp_path / "job" / "predictions.html").read_text("utf-8")
+
+
+def test_without_a_variable_predictions_have_a_folder_of_their_own(monkeypatch):
+    assert predict.make_parser().parse_args([]).output == os.path.join("output", "predictions")
+
+
+def test_remarks_stand_in_the_report(tmp_path, checkpoint):
+    save_image(tmp_path / "a.png", "RGB")
+    run(tmp_path, checkpoint, tmp_path / "output")
+    assert "is a colour image" in (tmp_path / "output" / "report.html").read_text("utf-8")
 
 
 def test_without_save_images_the_report_has_no_pictures(square, checkpoint, tmp_path):
@@ -322,8 +483,6 @@ def test_files_of_earlier_versions_keep_their_boxes(
 
 # Labels
 
-BLACK = readers.Reading(Radiograph(np.zeros((64, 64), np.uint8), (1024, 1024)))
-
 
 def test_labels_score_the_folder(tmp_path, phantoms, checkpoint, capsys):
     labels = phantoms / "stage_2_test_labels.csv"
@@ -355,51 +514,6 @@ def test_images_without_a_label_are_predicted_and_named(tmp_path, phantoms, chec
     assert len(read_annotations(tmp_path / "output")) == 4
     assert f"images have no label and are not scored (1): {left_out}" in out
     assert "bootstrap over 3 images" in out
-
-
-@pytest.fixture
-def perfect(tmp_path):
-    """Results of two images, one with a box that is found exactly and one without any, and what
-    was drawn of them."""
-    masks = np.zeros((2, 64, 64))
-    masks[0, 16:32, 8:24], masks[1] = 0.9, 0.1
-    labels = Labels({"ill": np.array([[128, 256, 256, 256]]), "well": np.zeros((0, 4))},
-                    {"ill": "AP", "well": "PA"})
-    results = predict.Results(tmp_path, labels, Thresholds(0.5, 0.5, size_weight=1))
-    return results, {name: results.add(tmp_path / f"{name}.dcm", name, BLACK, mask)
-                     for name, mask in zip(labels.boxes, masks)}
-
-
-def test_perfect_predictions_score_1(perfect, tmp_path, capsys):
-    results, _ = perfect
-    results.report(pictures=None)
-    assert capsys.readouterr().out.splitlines()[-2:] == [
-        "RSNA Mean Average Precision: 1.0000", "Total Average Precision: 0.5000"]
-
-
-def test_annotations_are_boxes_in_original_pixels(perfect):
-    results, _ = perfect
-    boxes = {made.row.patient_id: made.boxes for made in results.predictions}
-    assert boxes == {"ill": "0.9000 128.0 256.0 256.0 256.0", "well": ""}
-
-
-def test_the_truth_is_drawn_beside_the_prediction(perfect):
-    _, pictures = perfect
-    assert pictures["ill"].truth.tolist() == pictures["ill"].boxes.tolist()
-    assert pictures["well"].truth.shape == pictures["well"].boxes.shape == (0, 4)
-
-
-def test_a_picture_knows_its_id_and_the_thresholds_in_use(perfect):
-    _, pictures = perfect
-    assert pictures["ill"].patient_id == "ill"
-    assert str(pictures["ill"].thresholds) == "box threshold 0.50, gate threshold 0.50 (defaults)"
-
-
-def test_without_labels_no_truth_is_drawn_and_nothing_scored(tmp_path, capsys):
-    results = predict.Results(tmp_path, Labels({}, {}), Thresholds())
-    overlay = results.add(tmp_path / "a.dcm", "a", BLACK, np.zeros((64, 64)))
-    results.report(pictures=None)
-    assert overlay.truth is None and "Precision" not in capsys.readouterr().out
 
 
 # Mistakes

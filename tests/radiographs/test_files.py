@@ -2,7 +2,6 @@ import os
 
 import numpy as np
 import pytest
-from conftest import linux
 from PIL import Image
 
 from radiographs.dicom import read_header, start_of
@@ -25,7 +24,7 @@ def find(folder, *leave_out):
             {path.relative_to(folder).as_posix(): reason for path, reason in skipped})
 
 
-@linux
+@pytest.mark.linux
 def test_files_are_found_in_sub_folders_whatever_their_case(tmp_path):
     names = ["x.dcm/deep/Ünïcode name.DCM", "1.2.840.10008", "1.2.840.10009", "b.dcm",
              ".hidden.dcm"]
@@ -69,7 +68,7 @@ def test_a_file_without_preamble_is_left_to_the_reader_which_names_it(tmp_path, 
         read_header(path)
 
 
-@linux
+@pytest.mark.linux
 def test_linked_folders_are_searched_once_and_loops_end(tmp_path):
     data = tmp_path / "data"
     touch(data / "a.dcm")
@@ -100,7 +99,7 @@ def test_ids_that_are_still_alike_are_told_apart(tmp_path):
     assert find(tmp_path) == ({"a": "a", "a.dcm": "a.dcm.dcm", "a.dcm_": "a.dcm"}, {})
 
 
-@linux
+@pytest.mark.linux
 def test_names_that_are_alike_only_as_text_are_told_apart(tmp_path):
     for name in (b"f\xf6hn.dcm", rb"f\xf6hn.dcm"):
         touch(tmp_path / os.fsdecode(name))
@@ -112,7 +111,7 @@ def test_a_dicomdir_is_neither_an_image_nor_a_warning(tmp_path):
     assert find(tmp_path) == ({}, {})
 
 
-@linux
+@pytest.mark.linux
 def test_bytes_that_are_not_utf8_are_escaped_in_ids(tmp_path):
     touch(tmp_path / os.fsdecode(b"f\xf6hn.dcm"))
     assert list(find(tmp_path)[0]) == [r"f\xf6hn"]

@@ -136,9 +136,10 @@ def test_a_window_that_turns_nearly_all_white_or_black_is_no_use(tmp_path, write
     assert 0.2 < image.mean() < 0.8
 
 
-def test_the_second_window_serves_where_the_first_does_not(tmp_path, write_dicom):
+@pytest.mark.parametrize("center, width", [(9000, 100), (1890, 0)])
+def test_the_second_window_serves_where_the_first_does_not(tmp_path, write_dicom, center, width):
     path = write_dicom(tmp_path / "a.dcm", (GRADIENT * 20).astype(np.uint16),
-                       WindowCenter=[9000, 1890, 40], WindowWidth=[100, 1001, 80])
+                       WindowCenter=[center, 1890, 40], WindowWidth=[width, 1001, 80])
     with pytest.warns(errors.ImageWarning, match="is read with window 2 of several"):
         image = prepare(path)
     np.testing.assert_allclose(

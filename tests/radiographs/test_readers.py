@@ -11,7 +11,6 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import linux
 from PIL import Image
 
 from radiographs import readers
@@ -110,7 +109,7 @@ def test_a_crash_costs_one_file(tmp_path):
     assert read_all(die_of_3, [tmp_path / "3"]) == [Reading(problem="crashed its decoder")]
 
 
-@linux
+@pytest.mark.linux
 @pytest.mark.parametrize("limit, seconds, hang, problem", [
     ("TIME_LIMIT", 0.3, spin, "took more than 0.3 seconds of CPU time to decode"),
     # long enough for a reader to start on a busy machine
@@ -139,7 +138,7 @@ def test_a_file_that_ended_its_reader_is_tried_again_while_no_other_is_read(tmp_
     assert not any(reading.problem for reading in readings) and readings[9].value == ["9"]
 
 
-@linux
+@pytest.mark.linux
 def test_the_same_files_are_read_on_one_core_with_many_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "TIME_LIMIT", 1)  # the eight together take two seconds
     cores = os.sched_getaffinity(0)
@@ -161,7 +160,7 @@ def test_a_fault_of_our_own_is_printed_once_and_costs_its_files(tmp_path, capfd)
     assert errors.count("Traceback") == 1 and "KeyError: '3'" in errors
 
 
-@linux
+@pytest.mark.linux
 def test_files_are_read_without_semaphores(tmp_path, monkeypatch):
     def refuse(*_):
         raise FileNotFoundError(2, "No such file or directory")
@@ -225,7 +224,7 @@ def test_a_reader_that_cannot_be_started_now_is_started_later(pool, monkeypatch,
     assert len(pool.started) <= 2
 
 
-@linux
+@pytest.mark.linux
 def test_a_server_that_loses_many_readers_keeps_no_files_of_them_open(pool):
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(10):

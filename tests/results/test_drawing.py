@@ -201,8 +201,14 @@ def test_more_pictures_than_may_wait_are_all_saved(tmp_path, monkeypatch):
     assert sorted(path.stem for path in tmp_path.iterdir()) == list("012345")
 
 
+def test_pictures_do_not_wait_for_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fsync", None)
+    save_all(tmp_path, ["a"])
+    assert (tmp_path / "a.png").exists()
+
+
 def test_a_full_disk_ends_the_drawing_with_its_error(tmp_path, monkeypatch):
-    def refuse(path):
+    def refuse(path, durable):
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(drawing, "atomic_write", refuse)
     with pytest.raises(OSError, match="No space left on device"):
