@@ -55,8 +55,8 @@ def main(folder):
     if runtime.rank == 0:
         torch.save({"losses": losses, "states": states, "ids": ids,
                     "evaluation": tuple(evaluation)}, folder / "result.pt")
-    parallel.leave(runtime)
+    return 0
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parallel.run(lambda: main(Path(sys.argv[1])))

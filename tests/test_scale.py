@@ -263,8 +263,9 @@ def test_a_run_of_two_processes_ends_like_one_of_one(quick_flags, tmp_path):
     assert lines[-1].startswith("Total Average Precision: ")
     output = tmp_path / "output"
     assert {path.name for path in output.iterdir()} == {
-        "last.pth.tar", "loss.best.pth.tar", "prec.best.pth.tar", "final.pth.tar", "curves.png",
-        "scores.png", "report.html", "logs", "metrics.json", "split.csv"}
+        ".training.lock", "last.pth.tar", "loss.best.pth.tar", "prec.best.pth.tar",
+        "final.pth.tar", "curves.png", "scores.png", "report.html", "logs", "metrics.json",
+        "split.csv"}
     writers = {path.name.split(".")[-2] for path in (output / "logs").iterdir()}
     assert len(writers) == 1  # process ids
     _, state = load_checkpoint(output / "last.pth.tar")
@@ -306,7 +307,7 @@ def test_all_processes_end_and_one_continues_the_run(quick_flags, tmp_path, caps
     assert sum(line.startswith("train.py: ") for line in lines) == 1
     assert not any(line.startswith("[rank") for line in lines)  # a traceback of ours
     output = tmp_path / "output"
-    assert not list(output.glob(".*"))  # nothing half-written
+    assert not list(output.glob(".*.part"))  # nothing half-written
 
     _, state = load_checkpoint(output / "last.pth.tar")
     epochs = len(state["history"]) + 1
