@@ -42,7 +42,7 @@ def stored(request):
 
 
 def test_notebooks_run_top_to_bottom(phantoms, tmp_path, monkeypatch):
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.ipynb")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.ipynb"), ROOT / "nih_patients.csv"]:
         shutil.copy(path, tmp_path)
     for wing in ("radiographs", "results"):
         shutil.copytree(ROOT / wing, tmp_path / wing)

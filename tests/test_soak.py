@@ -51,7 +51,7 @@ def test_killed_runs_end_with_the_weights_of_an_undisturbed_one(train_flags, tmp
                 process.kill()
                 process.communicate(timeout=60)  # nothing else may hold the pipe
                 kills += 1
-                parts = list(save.glob(".*"))
+                parts = list(save.glob(".*.part"))
                 caught += len(parts) > 0
                 print(f"kill {kills} of {KILLS}{', while a file was written' if parts else ''}",
                       flush=True)

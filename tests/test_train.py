@@ -317,7 +317,7 @@ def test_an_internal_error_leaves_out_its_image_and_ends_with_status_1(
     broken = min((phantoms / "stage_2_train_images").iterdir())
 
     def read(path, side, display_size, load=readers.read_radiograph):
-        return load(path, side if path != broken else None)  # a mistake of ours
+        return load(path, side) if path != broken else None.mistake
     monkeypatch.setattr(readers, "read_radiograph", read)
     monkeypatch.setattr(train, "fit", lambda *_: None)
     assert train.main(["--data", str(broken.parent), "--labels", str(train_csv),
