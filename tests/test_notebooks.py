@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 from model import load_checkpoint
 
 NAMES = ("eda-adapted.ipynb", "pytorch-pneumonia-detection.ipynb")
-MAX_BYTES, MAX_LINES, MAX_HELPER_LINES = 1_000_000, 170, 10
+MAX_BYTES, MAX_LINES, MAX_HELPER_LINES = 1_000_000, 215, 10
 ROOTS = "home|root|tmp|work|opt|usr|var|mnt|Users"
 ABSOLUTE_PATH = re.compile(rf"(?<![\w./:])(?:/(?:{ROOTS})/|[A-Z]:\\)")
 
