@@ -379,6 +379,15 @@ def known_patients(ids: Iterable[str], labels: Path) -> dict[str, str]:
     return {key: table[key[:8]] for key in ids if KAGGLE_ID.fullmatch(key) and key[:8] in table}
 
 
+def patients_of_files(files: Mapping[str, Path], labels: Path) -> dict[str, str]:
+    """The patients of files {patient_id: path}, {patient_id: patient}, as in build_training_csv."""
+    with readings_of(_header_row, files.values(), workers=cli.usable_cores(),
+                     chunk_size=64) as readings:
+        names = [(reading.value or {}).get("PatientID") for reading in readings]
+    headers = pd.DataFrame({"patientId": list(files), "PatientID": names})
+    return dict(zip(files, find_patients(headers, known_patients(files, labels))))
+
+
 def find_patients(headers: pd.DataFrame, known: Mapping[str, str]) -> pd.Series:
     """The patient of each image in a table of read_headers: the PatientID where it names several
     of the images, else the patient that is `known`, else the image's own id. Prints how many of

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from cli import IMAGE_SIDE, InputError, InternalError, progress, refuse_if, warn
-from data_processing import Labels, check_boxes, files_of_table, read_labels
+from data_processing import Labels, check_boxes, files_of_table, patients_of_files, read_labels
 from metrics import rescale_boxes
 from radiographs import find_dicom_files, read_images
 
@@ -174,15 +174,17 @@ def find_labelled(data: Path, table: Path, leave_out: Iterable[Path] = ()) -> La
     Raises InputError if there are too few to train on.
     """
     labels = read_labels(table)
-    if not labels.patients:
-        print(f"{table} has no column patient, so images of one patient may be in several parts: "
-              "python data_processing.py writes the column")
     found, skipped = find_dicom_files(data, leave_out)
     warn("files are left out", [f"{path} {reason}" for path, reason in skipped])
     found = files_of_table(found, table, labels.boxes.keys())
     warn("ids of the table have no image and are left out",
          sorted(labels.boxes.keys() - found.keys()))
     labels = labels.among(found)
+    if not labels.patients:
+        print(f"{table} has no column patient, so headers and ids tell the patients; images of one "
+              "that they do not tell may be in several parts")
+        files = {key: found[key] for key in labels.boxes}
+        labels = labels._replace(patients=patients_of_files(files, table.parent))
     positive = sum(labels.positive.values())
     negative = len(labels.boxes) - positive
     refuse_if(
