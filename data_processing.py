@@ -259,7 +259,7 @@ def build_training_csv(images: Path, labels: Path, output: Path) -> pd.DataFrame
     InputError for missing or broken tables.
     """
     labels_path, classes_path = (
-        cli.require(labels / name, "file", flag="--labels", variable="TRAINML_DATA_PATH")
+        cli.require(Path(labels, name), "file", flag="--labels", variable="TRAINML_DATA_PATH")
         for name in (cli.LABELS, cli.CLASSES))
     boxes = read_boxes(labels_path).drop(columns="ViewPosition")
     classes = read_table(classes_path, ["patientId", "class"]).drop_duplicates()
