@@ -179,6 +179,8 @@ def build_app() -> "FastAPI":  # noqa: F821, imported inside
                     network.readers.threads, network.predict, content_type, body)
             except asyncio.TimeoutError:
                 raise HTTPException(408, f"took more than {UPLOAD_SECONDS} seconds to arrive")
+            except OSError:  # of a reader that cannot be started
+                raise HTTPException(503, "came while no reader was free", {"Retry-After": "5"})
             except ClientDisconnect:
                 raise HTTPException(400, "ended before its body was complete")
             except (ValueError, cli.Failure) as error:

@@ -21,6 +21,7 @@ CURVE_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # box threshol
 BOX_THRESHOLDS = np.arange(1, 60) / 60  # what the search tries
 GATE_THRESHOLDS = np.arange(20) / 20
 BOOTSTRAPS = 200  # samples of the images for a standard error
+FEWEST_SCORED = 20  # images with true or predicted boxes; one lucky image proves nothing
 PROOF = 2  # standard errors by which new thresholds must beat the given ones
 
 
@@ -249,6 +250,10 @@ def choose_thresholds(evaluate: Callable[[Sequence[float]], Evaluation],
     gates = np.union1d(GATE_THRESHOLDS, given.gate).tolist()
     default = box_thresholds.index(given.box), gates.index(given.gate)
     evaluation = evaluate(box_thresholds)
+    scored = int((~np.isnan(evaluation.scores_at(given.box, given.gate))).sum())
+    if scored < FEWEST_SCORED:
+        return given._replace(
+            source=f"{given.source}; {scored} images with boxes are too few for a search")
     box, gate = search_thresholds(evaluation, gates, default)
     images = f"{len(evaluation.scores)} images"
     source = f"searched on {images}"

@@ -125,7 +125,7 @@ class PneumoniaUNET(nn.Module):
         x = self.up_3(self.up_4_t(x, down_3))             # (B, 4w, H/4, W/4)
         x = self.up_2(self.up_3_t(x, down_2))             # (B, 2w, H/2, W/2)
         logits = self.up_1(self.up_2_t(x, down_1))        # (B, 1, H, W)
-        return F.interpolate(logits, images.shape[-2:], mode="bilinear")
+        return F.interpolate(logits.float(), images.shape[-2:], mode="bilinear")
 
 
 class Runtime(NamedTuple):

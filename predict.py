@@ -163,7 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         batches = list(cli.batched(predictions.left, args.batch_size))
         share = {key: files[key] for batch in parallel.share(batches, runtime) for key in batch}
         images = read_images(share.values(), side=cli.IMAGE_SIDE // rescale_factor,
-                             workers=args.workers, display_size=settings["image_size"])
+                             workers=max(args.workers // parallel.find_launch().local_world, 1),
+                             display_size=settings["image_size"])
         objects = dicom_writer(output / "dicom", files, Path(args.model)) if args.dicom else None
         with picture_writer(pictures, objects and objects.write) as write_picture, \
                 images as readings:

@@ -214,7 +214,7 @@ def test_where_nothing_scores_the_defaults_stay_and_the_log_says_why(labelled):
     blind = partial(evaluate, Blind(), dataset, parts["validation"], runtime=CPU)
     thresholds = choose_thresholds(blind, train.build_thresholds(args))
     assert (thresholds.box, thresholds.gate) == (Thresholds().box, Thresholds().gate)
-    assert "defaults; a search on 4 images proved nothing better" in str(thresholds)
+    assert "defaults; 4 images with boxes are too few for a search" in str(thresholds)
 
 
 class Lost(torch.nn.Module):

@@ -253,3 +253,11 @@ def test_a_file_from_before_the_width_was_an_option_has_64_channels(tmp_path):
     del model.config["width"]
     save_checkpoint(tmp_path / "old.pth.tar", model)
     assert load_checkpoint(tmp_path / "old.pth.tar")[0].config["width"] == 64
+
+
+def test_logits_are_interpolated_in_full_precision():
+    """In bf16 a mask would have a few levels between two patches."""
+    torch.manual_seed(0)
+    model = PneumoniaUNET(patch_size=2, width=2).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.rand(1, 1, 64, 64)).dtype == torch.float32

@@ -549,3 +549,18 @@ def test_images_too_small_for_the_network_are_refused(square, tmp_path):
     save_checkpoint(tmp_path / "final.pth.tar", PneumoniaUNET(patch_size=4), rescale_factor=4)
     with pytest.raises(InputError, match="--rescale-factor 16 makes .*give 8 or less"):
         run(square, tmp_path / "final.pth.tar", tmp_path / "output", "--rf", "16")
+
+
+def test_processes_of_a_machine_share_its_readers(square, checkpoint, tmp_path, monkeypatch):
+    """As the second launcher variable says; one process alone is left of them here."""
+    asked = []
+
+    def read_images(paths, **options):
+        asked.append(options["workers"])
+        raise KeyboardInterrupt
+    monkeypatch.setattr(predict, "read_images", read_images)
+    monkeypatch.setattr(predict.parallel, "find_launch",
+                        lambda: predict.parallel.Launch(local_world=4))
+    with pytest.raises(KeyboardInterrupt):
+        run(square.parent, checkpoint, tmp_path, "--workers", "8")
+    assert asked == [2]
