@@ -185,7 +185,6 @@ def build_app() -> "FastAPI":  # noqa: F821, imported inside
                 raise HTTPException(400, "ended before its body was complete")
             except (ValueError, cli.Failure) as error:
                 raise HTTPException(400 if isinstance(error, ValueError) else 500, str(error))
-
     return app
 
 

@@ -146,10 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # files
     output = Path(args.output)
-    found = parallel.once(partial(find_files, args.data, output), runtime)
+    files, left_out = parallel.once(partial(find_files, args.data, output), runtime)
     if args.labels:
-        found = files_of_table(found[0], Path(args.labels), labels.boxes.keys()), found[1]
-    files, _ = found
+        files = files_of_table(files, Path(args.labels), labels.boxes.keys())
     source = args.data[0] if len(args.data) == 1 else f"the {len(args.data)} paths given"
     print(f"files in {source}: {len(files)}; {runtime.device.type}, {runtime.dtype}; {thresholds}")
     pictures = output / "images" if args.save_images else None
@@ -158,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # masks, boxes and pictures of this process's share of the files
     settings = describe_run(args, runtime, rescale_factor, thresholds)
-    with Predictions(output, found, runtime, settings=settings, thresholds=thresholds,
+    with Predictions(output, (files, left_out), runtime, settings=settings, thresholds=thresholds,
                      labels=labels, trained_on=find_trained_on(args.model)) as predictions:
         batches = list(cli.batched(predictions.left, args.batch_size))
         share = {key: files[key] for batch in parallel.share(batches, runtime) for key in batch}
