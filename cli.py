@@ -289,7 +289,7 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         status, message = _run_explained(main)
     except KeyboardInterrupt as stopped:  # possibly while an error is explained
-        status, message = 128 + stopped.args[0], "stopped"
+        status, message = 128 + (stopped.args or [signal.SIGINT])[0], "stopped"
     on_stop(signal.SIG_IGN)  # the message is printed whole
     if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
