@@ -144,13 +144,17 @@ class Labelled(NamedTuple):
 
     def split_as(self, earlier: Mapping[str, str]) -> dict[str, list[str]]:
         """The ids of each part of a split made `earlier`, {patient_id: part}. Names the images
-        that are gone since, and those that it does not have."""
+        that are gone since, and those that it does not have. Raises InputError for a part without
+        any."""
         warn("images of the run to continue are gone", sorted(earlier.keys() - self.files.keys()))
         warn("images are not in the split of the run to continue and are left out",
              sorted(self.files.keys() - earlier.keys()))
-        parts = {name: [] for name in earlier.values()}
+        parts = {name: [] for name in ("training", "validation", *earlier.values())}
         for patient_id in sorted(earlier.keys() & self.files.keys()):
             parts[earlier[patient_id]].append(patient_id)
+        for name, ids in parts.items():
+            refuse_if(not ids, f"no image of the run's part for {name} is left: give the --data "
+                      "and --labels that it began with")
         return parts
 
     def load(self, parts: Mapping[str, list[str]], *, rescale_factor: int,

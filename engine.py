@@ -89,7 +89,7 @@ class Training:
         self.augmentation.generator.manual_seed(seed + RANK_SEED * self.runtime.rank)
 
     def add_epoch(self, train_loss: float, figures: dict[str, float]) -> dict[str, float]:
-        """Adds an epoch to the history, with the `figures` of metrics.summarize; returns it."""
+        """Adds an epoch to the history, with the `figures` of Evaluation.summarize; returns it."""
         scores = {name: figures[name] for name in ("loss", "rsna", "total", "auc")}
         self.history.append({"train_loss": train_loss, **scores,
                              "learning_rate": self.scheduler.get_last_lr()[0]})

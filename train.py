@@ -52,8 +52,7 @@ CHANGEABLE = ("epochs", "train_threshold", "save_images", "box_threshold", "gate
 def make_parser() -> cli.Parser:
     parser = cli.Parser(__doc__.splitlines()[0])
     parser.add_path("--data", "-d", kind="folder", help="folder of DICOM files",
-                    variable="TRAINML_DATA_PATH",
-                    part=image_folder())
+                    variable="TRAINML_DATA_PATH", part=image_folder())
     parser.add_path("--labels", "-l", kind="file", help="train.csv of these images",
                     variable="TRAINML_MODEL_PATH", part="train.csv",
                     written_by="python data_processing.py")
@@ -71,7 +70,8 @@ def make_parser() -> cli.Parser:
 def add_run_options(add: Callable) -> None:
     """Flags on how long a run is and what it is scored on."""
     add("--epochs", "-e", type=cli.bounded(1, math.inf, int), default=2,
-        help="times that as many images are drawn as the training part has (default: %(default)s)")
+        help="epochs, each of which draws as many images as there are for training "
+             "(default: %(default)s)")
     add("--debug", action=argparse.BooleanOptionalAction,
         help="a short run: 2 epochs of 50 steps, 100 images scored, no search (default: off)")
     add("--seed", "-s", type=cli.bounded(0, LARGEST_SEED, int), default=42,

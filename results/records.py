@@ -28,7 +28,7 @@ from .curves import draw_history, draw_scores
 from .drawing import IMAGE_SIZE, Overlay, draw_overlay, make_overlay, picture_writer
 from .report import Row, score_lines, write_report
 
-METRIC_NAMES = {  # in metrics.json and final.pth.tar, of what metrics.summarize returns
+METRIC_NAMES = {  # in metrics.json and final.pth.tar, of what Evaluation.summarize returns
     "rsna": "rsna_mean_average_precision", "rsna_standard_error": "rsna_standard_error",
     "total": "total_average_precision", "auc": "image_roc_auc", "auc_AP": "image_roc_auc_AP",
     "auc_PA": "image_roc_auc_PA", "loss": "loss"}

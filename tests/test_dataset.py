@@ -349,3 +349,9 @@ def test_augmentation_is_seeded():
     for first, second in zip(augment(3), augment(3)):
         assert torch.equal(first, second)
     assert not torch.equal(augment(3)[0], augment(4)[0])
+
+
+def test_a_split_of_which_a_part_has_no_image_left_is_refused():
+    labelled = ds.Labelled({"a": None}, labels_of({"a": True}))
+    with pytest.raises(InputError, match="no image of the run's part for validation is left"):
+        labelled.split_as({"a": "training", "b": "validation"})

@@ -1,6 +1,6 @@
 """The storeys of the house (CONTRIBUTING.md): each room imports from those below it alone.
 
-import-linter takes packages, not modules beside one another, as roots; tach has a file of its own.
+import-linter takes packages, not modules beside one another, as roots.
 """
 
 import ast
