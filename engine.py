@@ -19,7 +19,7 @@ import cli
 import parallel
 from data_processing import read_split
 from dataset import Augmentation, PneumoniaDataset
-from metrics import Evaluation, image_confidence, score_mask
+from metrics import Evaluation, Thresholds, find_candidates, image_confidence, score_mask
 from model import PneumoniaUNET, Runtime, load_checkpoint
 
 POSITIVE_WEIGHT = 2  # how much more often an image with opacities is drawn in training
@@ -194,7 +194,8 @@ def evaluate(model: nn.Module, dataset: PneumoniaDataset, indices: Sequence[int]
              box_thresholds: Sequence[float], *, runtime: Runtime,
              batch_size: int = 8) -> Evaluation:
     """One pass over images of the data set, with boxes found as in predict.py and scored at each
-    box threshold. Processes share the batches; each returns the whole Evaluation.
+    box threshold; the first is that in use. Processes share the batches; each returns the whole
+    Evaluation.
 
     Raises InputError if the loss is not finite.
     """
@@ -210,11 +211,12 @@ def evaluate(model: nn.Module, dataset: PneumoniaDataset, indices: Sequence[int]
             raise cli.InputError(f"the validation loss is {loss} after this epoch: lower "
                                  "--learning-rate; the best files so far are kept")
         for index, mask in zip(batch, logits.sigmoid()[:, 0].cpu().numpy()):
-            scores = score_mask(mask, dataset.original_sizes[index], dataset.boxes[index],
-                                box_thresholds)
-            rows.append((loss, image_confidence(mask), scores))
-    losses, confidences, scores = zip(*parallel.gather(rows, runtime))
-    positive = np.array([len(dataset.boxes[index]) > 0 for index in indices])
+            size, boxes = dataset.original_sizes[index], dataset.boxes[index]
+            scores = score_mask(mask, size, boxes, box_thresholds)
+            candidates = find_candidates(mask, size, boxes, Thresholds(box_thresholds[0]))
+            rows.append((loss, image_confidence(mask), scores, candidates))
+    losses, confidences, scores, candidates = zip(*parallel.gather(rows, runtime))
+    true_boxes = np.array([len(dataset.boxes[index]) for index in indices])
     views = np.array([dataset.views[index] for index in indices])
-    return Evaluation(float(np.mean(losses)), box_thresholds, np.array(confidences), positive,
-                      views, np.array(scores))
+    return Evaluation(float(np.mean(losses)), box_thresholds, np.array(confidences), true_boxes,
+                      views, np.array(scores), np.array(sum(candidates, [])).reshape(-1, 2))

@@ -22,6 +22,9 @@ BOX_THRESHOLDS = np.arange(1, 60) / 60  # what the search tries
 GATE_THRESHOLDS = np.arange(20) / 20
 BOOTSTRAPS = 200  # samples of the images for a standard error
 FEWEST_SCORED = 20  # images with true or predicted boxes; one lucky image proves nothing
+FALSE_BOXES = (1 / 8, 1 / 4, 1 / 2, 1, 2)  # an image, at which FROC is read
+FROC_IOU = 0.5  # above which a true box is found, in FROC
+FROC_THRESHOLDS = (0.7, 0.3, 0.1)  # box thresholds that offer further candidates, in this order
 PROOF = 2  # standard errors by which new thresholds must beat the given ones
 
 
@@ -61,9 +64,15 @@ class Evaluation(NamedTuple):
     loss: float
     box_thresholds: Sequence[float]  # (T,)
     confidences: np.ndarray  # (N,) image_confidence of each mask
-    positive: np.ndarray  # (N,) whether the image has a true box
+    true_boxes: np.ndarray  # (N,) number of true boxes
     views: np.ndarray  # (N,) "AP", "PA" or ""
     scores: np.ndarray  # (N, T) average precision without a gate; NaN for a true negative
+    candidates: np.ndarray = np.zeros((0, 2))  # (K, 2) for FROC: confidences, and 1 for a hit or 0
+
+    @property
+    def positive(self) -> np.ndarray:
+        """Whether each image has a true box (N,)."""
+        return self.true_boxes > 0
 
     def scores_at(self, box: float, gate: float) -> np.ndarray:
         """Scores (N,) at one of these box thresholds, with a gate."""
@@ -79,7 +88,8 @@ class Evaluation(NamedTuple):
         for view in ("AP", "PA"):
             part = self.views == view
             figures[f"auc_{view}"] = roc_auc(self.confidences[part], self.positive[part])
-        return figures
+        shares = froc(self.candidates, self.true_boxes.sum(), len(self.true_boxes), FALSE_BOXES)
+        return figures | {f"froc_{allowed:g}": share for allowed, share in zip(FALSE_BOXES, shares)}
 
 
 def rescale_boxes(boxes, from_size: tuple[int, int], to_size: tuple[int, int]) -> np.ndarray:
@@ -153,28 +163,69 @@ def average_precision_image(predicted_boxes, confidences, target_boxes) -> float
     predictions, targets = len(predicted_boxes), len(target_boxes)
     if not predictions or not targets:
         return 0.0 if predictions or targets else float("nan")
+    order, iou = _ranked_iou(predicted_boxes, confidences, target_boxes)
+    hits = np.array([sum(_hits(iou, threshold)) for threshold in IOU_THRESHOLDS])
+    return float((hits / (predictions + targets - hits)).mean())
+
+
+def _ranked_iou(predicted_boxes, confidences, target_boxes):
+    """The order of the predictions (n,), the most confident first, and their IoU (n, m) with the
+    targets in that order."""
     # imported on use: importing torchvision needs a temporary folder, which prediction does not
     from torchvision.ops import box_convert, box_iou
 
     order = np.argsort(-np.asarray(confidences, float), kind="stable")
     # in float64: with float32 an IoU of exactly a threshold may exceed it
-    corners = [box_convert(torch.as_tensor(np.asarray(boxes, float)), "xywh", "xyxy")
+    corners = [box_convert(torch.as_tensor(np.reshape(boxes, (-1, 4))).double(), "xywh", "xyxy")
                for boxes in (predicted_boxes, target_boxes)]
-    iou = box_iou(*corners).numpy()[order]
-    hits = np.array([_count_hits(iou, threshold) for threshold in IOU_THRESHOLDS])
-    return float((hits / (predictions + targets - hits)).mean())
+    return order, box_iou(*corners).numpy()[order]
 
 
-def _count_hits(iou, threshold):
-    """Number of one-to-one matches, made row by row; iou (predictions, targets)."""
-    iou = iou.copy()
-    hits = 0
+def _hits(iou, threshold):
+    """Which rows of iou (predictions, targets) take a target, one to one, row by row."""
+    iou, hits = iou.copy(), []
     for row in iou:
-        best = row.argmax()
-        if row[best] > threshold:
-            iou[:, best] = 0
-            hits += 1
+        hits.append(bool(row.max(initial=0) > threshold))
+        if hits[-1]:
+            iou[:, row.argmax()] = 0
     return hits
+
+
+def find_candidates(mask: np.ndarray, original_size: tuple[int, int], target_boxes: np.ndarray,
+                    thresholds: Thresholds) -> list[tuple[float, bool]]:
+    """Candidates of a mask for FROC: the confidence of each, and whether it hits a target box.
+
+    First the boxes of find_boxes without the gate. Lower thresholds find fainter opacities but melt
+    neighbours into one, higher ones part them, so each of FROC_THRESHOLDS adds the boxes whose IoU
+    with all candidates so far is at most FROC_IOU. In descending order of confidence, each takes
+    the free target with the highest IoU, if that is strictly above FROC_IOU.
+    """
+    boxes, confidences = find_boxes(mask, original_size, thresholds._replace(gate=0))
+    for threshold in FROC_THRESHOLDS:
+        more = find_boxes(mask, original_size, thresholds._replace(box=threshold, gate=0))
+        order, iou = _ranked_iou(*more, boxes)
+        new = order[iou.max(axis=1, initial=0) <= FROC_IOU]
+        boxes, confidences = (np.concatenate(pair) for pair in zip(
+            (boxes, confidences), (values[new] for values in more)))
+    order, iou = _ranked_iou(boxes, confidences, target_boxes)
+    return list(zip(confidences[order].tolist(), _hits(iou, FROC_IOU)))
+
+
+def froc(candidates: np.ndarray, true_boxes: int, images: int,
+         false_boxes: Sequence[float]) -> list[float]:
+    """Free-response ROC: the share of all true boxes found at these false boxes an image.
+
+    Takes the candidates (K, 2) of all images, and the numbers of true boxes and of images, those
+    without candidates included. A confidence above which there are more false boxes than allowed is
+    not used, so candidates of equal confidence are taken together. NaN without true boxes.
+    """
+    if not true_boxes:
+        return [float("nan")] * len(false_boxes)
+    confidences, hits = candidates[np.argsort(-candidates[:, 0], kind="stable")].T
+    last = np.append(confidences[1:] != confidences[:-1], True)[:len(confidences)]  # of equal ones
+    false, found = np.cumsum(1 - hits)[last], np.cumsum(hits)[last]
+    return [float(found[false <= allowed * images].max(initial=0) / true_boxes)
+            for allowed in false_boxes]
 
 
 def score_mask(mask: np.ndarray, original_size: tuple[int, int], target_boxes: np.ndarray,

@@ -11,13 +11,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cli import DISK_ERRORS, atomic_write
-from metrics import CURVE_THRESHOLDS, Evaluation, Thresholds, mean_average_precision
+from metrics import (
+    CURVE_THRESHOLDS,
+    FALSE_BOXES,
+    Evaluation,
+    Thresholds,
+    froc,
+    mean_average_precision,
+)
 
 CURVES = {  # of curves.png: {title: {name in the history: label}}
     "loss": {"train_loss": "training", "loss": "validation"},
     "average precision": {"rsna": "RSNA mAP", "total": "total AP"},
     "image ROC AUC": {"auc": "validation"}, "learning rate": {"learning_rate": "after the epoch"}}
 GATES = [step / 50 for step in range(51)]
+ALLOWED = [2 ** (step / 8) for step in range(-32, 9)]  # false boxes an image, 1/16 to 2
 
 
 def draw_history(path: Path, history: Sequence[dict[str, float]]) -> None:
@@ -26,8 +34,8 @@ def draw_history(path: Path, history: Sequence[dict[str, float]]) -> None:
 
 
 def draw_scores(path: Path, evaluation: Evaluation, thresholds: Thresholds) -> None:
-    """Plots ROC and precision-recall curves, and the score over each threshold, with those in use.
-    The evaluation's box thresholds are that in use and CURVE_THRESHOLDS."""
+    """Plots ROC, precision-recall and FROC curves, and the score over each threshold, with those in
+    use. The evaluation's box thresholds are that in use and CURVE_THRESHOLDS."""
     _plot(path, 4, _draw_scores, evaluation, thresholds)
 
 
@@ -71,7 +79,7 @@ def _draw_epochs(figure, history):
 def _draw_scores(figure, evaluation, thresholds):
     from sklearn.metrics import precision_recall_curve, roc_curve
 
-    roc, precision, score = figure.subplots(1, 3)
+    roc, precision, score, boxes = figure.subplots(1, 4)
     positive, confidences, gate = evaluation.positive, evaluation.confidences, thresholds.gate
     if positive.any() and not positive.all():
         roc.plot(*roc_curve(positive, confidences)[:2])
@@ -79,8 +87,8 @@ def _draw_scores(figure, evaluation, thresholds):
         roc.plot(above[~positive].mean(), above[positive].mean(), "o", label="gate in use")
         roc.legend()
         precision.plot(*precision_recall_curve(positive, confidences)[1::-1])
-    roc.set(title="image decision: ROC", xlabel="false positive rate", ylabel="true positive rate")
-    precision.set(title="image decision: precision and recall", xlabel="recall", ylabel="precision")
+    roc.set(title="images: ROC", xlabel="false positive rate", ylabel="true positive rate")
+    precision.set(title="images: precision and recall", xlabel="recall", ylabel="precision")
     scores = [evaluation.scores_at(step, gate) for step in CURVE_THRESHOLDS]
     score.plot(CURVE_THRESHOLDS, [*map(mean_average_precision, scores)], label="box threshold")
     scores = [evaluation.scores_at(thresholds.box, step) for step in GATES]
@@ -89,3 +97,10 @@ def _draw_scores(figure, evaluation, thresholds):
     score.axvline(gate, color="C1", linestyle="--", label="gate threshold in use")
     score.set(title="RSNA mean average precision", xlabel="threshold")
     score.legend()
+    images, true_boxes = len(positive), evaluation.true_boxes.sum()
+    boxes.plot(ALLOWED, froc(evaluation.candidates, true_boxes, images, ALLOWED))
+    boxes.plot(FALSE_BOXES, froc(evaluation.candidates, true_boxes, images, FALSE_BOXES), "o")
+    boxes.set(title="boxes: FROC", xlabel="false boxes an image", ylabel="true boxes found",
+              xscale="log", xticks=FALSE_BOXES, xticklabels=["1/8", "1/4", "1/2", "1", "2"],
+              ylim=(0, 1))
+    boxes.minorticks_off()

@@ -10,7 +10,7 @@ PICTURES = "images", "validation"  # folders, in which the results are the PNG f
 RESULTS = (  # files and folders of training and prediction
     "logs", "curves.png", "scores.png", "report.html", "predictions.html", "predictions.png",
     "annotations.json", "submission.csv", "skipped.csv", "split.csv", "metrics.json",
-    "last.pth.tar", "loss.best.pth.tar", "prec.best.pth.tar", "final.pth.tar")
+    "predictions.json", "last.pth.tar", "loss.best.pth.tar", "prec.best.pth.tar", "final.pth.tar")
 
 
 def result_paths(output: Path, data: Path) -> list[Path]:
@@ -25,12 +25,12 @@ def result_paths(output: Path, data: Path) -> list[Path]:
     return [output / name for name in RESULTS] + pictures + objects
 
 
-def report_names(folder: Path) -> tuple[str, str]:
-    """Names of a prediction's page and its plot. Where train.py saves by default they are others
-    than those of a training, which would replace them."""
+def report_names(folder: Path) -> tuple[str, str, str]:
+    """Names of a prediction's page, its plot and its figures. Where train.py saves by default they
+    are others than those of a training, which would replace them."""
     if folder.resolve() == Path(default_path("TRAINML_OUTPUT_PATH")).resolve():
-        return "predictions.html", "predictions.png"
-    return "report.html", "scores.png"
+        return "predictions.html", "predictions.png", "predictions.json"
+    return "report.html", "scores.png", "metrics.json"
 
 
 def picture_path(folder: Path, patient_id: str) -> Path:

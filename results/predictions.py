@@ -22,7 +22,7 @@ from radiographs import Reading, patient_id_of
 from .curves import draw_scores
 from .drawing import Overlay, make_overlay
 from .layout import picture_path, report_names
-from .report import Row, score_lines, write_report
+from .report import Row, named_figures, score_lines, write_report
 
 JOURNAL = ".unfinished-{}.jsonl"  # of each process; a search for radiographs ignores hidden files
 
@@ -34,6 +34,7 @@ class Prediction(NamedTuple):
     row: Row  # of the report; the remark of a file that was skipped is the reason
     boxes: str = ""  # "confidence x y width height ..." in pixels of the original image
     scores: Sequence[float] = ()  # of a labelled image, at Thresholds.and_curve()
+    candidates: Sequence[tuple[float, bool]] = ()  # of a labelled image, for FROC
     is_fault: bool = False  # whether it was skipped because the network or this code is at fault
     size: Sequence[int] = ()  # (height, width) of an image in pixels
     stamp: Sequence[int] | None = None  # stamp_of the file
@@ -133,12 +134,14 @@ class Predictions:
             overlay = make_overlay(patient_id, reading.value, mask, self.thresholds,
                                    self.labels.boxes.get(patient_id))
             boxes = metrics.prediction_string(overlay.boxes, overlay.confidences)
-            scores = () if overlay.truth is None else metrics.score_mask(
-                mask, overlay.original_size, overlay.truth, self.thresholds.and_curve(),
-                self.thresholds.size_weight)
+            if overlay.truth is not None:
+                image = mask, overlay.original_size, overlay.truth
+                options["scores"] = metrics.score_mask(
+                    *image, self.thresholds.and_curve(), self.thresholds.size_weight)
+                options["candidates"] = metrics.find_candidates(*image, self.thresholds)
             row = Row.of(overlay)._replace(remark=reading.note)
-            made = Prediction(patient_id, str(path), row, boxes, scores,
-                              size=overlay.original_size, **options)
+            made = Prediction(
+                patient_id, str(path), row, boxes, size=overlay.original_size, **options)
         self.made[patient_id] = made
         self._log(made)
         return overlay
@@ -209,12 +212,12 @@ class Predictions:
         found = sum(one.row.outcome == "found" for one in predicted)
         summary = (f"images predicted: {len(predicted)}, with opacities: {found}; "
                    f"files skipped: {len(skipped)}")
-        lines, page, plot = [], *report_names(self.folder)
+        lines, page, plot, figures = [], *report_names(self.folder)
         if self.left:  # the run ends early
             summary = f"{self._summarize_part()}; {summary}"
         else:
             self._compare_labels(predicted)
-            lines = self._score(predicted, self.folder / plot)
+            lines = self._score(predicted, self.folder / plot, self.folder / figures)
         write_report(self.folder / page, [one.row for one in (*predicted, *skipped)],
                      lines=[str(self.thresholds), summary, *lines],
                      pictures=self.pictures and self.pictures.name,
@@ -254,9 +257,9 @@ class Predictions:
             cli.warn("ids of the labels have no image that can be read", sorted(labelled - ids))
             cli.warn("images have no label and are not scored", sorted(ids - labelled))
 
-    def _score(self, predicted, plot):
-        """Draws the scores of images that the model was not trained on; returns lines of text on
-        them, none without labels."""
+    def _score(self, predicted, plot, table):
+        """Draws and writes the scores of images that the model was not trained on; returns lines of
+        text on them, none without labels."""
         labelled = [one for one in predicted if one.scores]
         try:
             check_boxes(self.labels.boxes, {one.patient_id: one.size for one in labelled})
@@ -272,11 +275,15 @@ class Predictions:
         evaluation = metrics.Evaluation(
             loss=float("nan"), box_thresholds=self.thresholds.and_curve(),
             confidences=np.array([one.row.confidence for one in scored]),
-            positive=np.array([one.row.true_boxes > 0 for one in scored]),
+            true_boxes=np.array([one.row.true_boxes for one in scored]),
             views=np.array([self.labels.views.get(one.patient_id, "") for one in scored]),
-            scores=np.array([one.scores for one in scored]))
+            scores=np.array([one.scores for one in scored]),
+            candidates=np.array([pair for one in scored for pair in one.candidates]).reshape(-1, 2))
         draw_scores(plot, evaluation, self.thresholds)
-        return lines + score_lines(evaluation.summarize(self.thresholds), len(scored))
+        figures = evaluation.summarize(self.thresholds)
+        cli.write_text(table, json.dumps(named_figures(figures) | self.thresholds.stored() | {
+            "scored_images": len(scored)}, indent=1))
+        return lines + score_lines(figures, len(scored))
 
 
 def _json_lines(path):

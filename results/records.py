@@ -2,7 +2,6 @@
 logs, split.csv, metrics.json, and report.html with its pictures."""
 
 import json
-import math
 import platform
 import shlex
 import shutil
@@ -26,12 +25,8 @@ from radiographs import Radiograph, Reading, read_images
 
 from .curves import draw_history, draw_scores
 from .drawing import IMAGE_SIZE, Overlay, draw_overlay, make_overlay, picture_writer
-from .report import Row, score_lines, write_report
+from .report import Row, finite, named_figures, score_lines, write_report
 
-METRIC_NAMES = {  # in metrics.json and final.pth.tar, of what Evaluation.summarize returns
-    "rsna": "rsna_mean_average_precision", "rsna_standard_error": "rsna_standard_error",
-    "total": "total_average_precision", "auc": "image_roc_auc", "auc_AP": "image_roc_auc_AP",
-    "auc_PA": "image_roc_auc_PA", "loss": "loss"}
 COMPARED = ("batch_size", "epochs", "optimizer", "width", "rescale_factor", "learning_rate")
 SHOWN, SHOWN_SIZE = 4, 512  # validation images in TensorBoard every epoch; their longest side
 DRAWN_TOGETHER = 16  # images in a batch of overlays
@@ -189,7 +184,7 @@ class Records:
         with indices `scored`. `laps` are the times at which the phases of the run began."""
         figures = evaluation.summarize(thresholds)
         lines = [str(thresholds), *score_lines(figures, len(scored))]
-        self._save("final", thresholds, **_rename(figures))
+        self._save("final", thresholds, **named_figures(figures))
         draw_scores(self.folder / "scores.png", evaluation, thresholds)
         self._report(thresholds, scored, lines)
         scores = {f"final/{name}": figures[name] for name in ("rsna", "total", "auc")}
@@ -202,9 +197,9 @@ class Records:
                   for name, part in self.parts.items()}
         ends = pairwise([*laps, time.monotonic()])
         cli.write_text(self.folder / "metrics.json", json.dumps({
-            **_rename(figures), **thresholds.stored(), **sizes,
+            **named_figures(figures), **thresholds.stored(), **sizes,
             "skipped_images": len(self.dataset.skipped), "scored_images": len(scored),
-            "history": [_finite(scores) for scores in self.history], "arguments": self.settings,
+            "history": [finite(scores) for scores in self.history], "arguments": self.settings,
             "versions": versions(),
             "seconds": {name: end - start for name, (start, end) in zip(LAPS, ends)}}, indent=1))
         print(f"see {self.folder / 'report.html'}", *lines, sep="\n")
@@ -248,16 +243,6 @@ def overlays(model: nn.Module, dataset: PneumoniaDataset, indices: Sequence[int]
                 radiograph = reading.value or Radiograph(image, dataset.original_sizes[index])
                 yield make_overlay(dataset.patient_ids[index], radiograph, mask, thresholds,
                                    dataset.boxes[index])
-
-
-def _rename(figures):
-    """Figures by their names in metrics.json."""
-    return {METRIC_NAMES[name]: value for name, value in _finite(figures).items()}
-
-
-def _finite(figures):
-    """Figures with None for NaN, which JSON lacks."""
-    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def versions() -> dict[str, str]:

@@ -12,12 +12,16 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from cli import write_text
-from metrics import average_precision_image, image_confidence
+from metrics import FALSE_BOXES, average_precision_image, image_confidence
 
 from .drawing import Overlay
 from .layout import picture_path
 
 PAGE = Path(__file__).with_name("report.html")  # a template: $name is filled in
+METRIC_NAMES = {  # in JSON files and final.pth.tar, of what Evaluation.summarize returns
+    "rsna": "rsna_mean_average_precision", "rsna_standard_error": "rsna_standard_error",
+    "total": "total_average_precision", "auc": "image_roc_auc", "auc_AP": "image_roc_auc_AP",
+    "auc_PA": "image_roc_auc_PA"}
 COLUMNS = "picture", "id", "result", "highest probability", "true boxes", "score"
 
 
@@ -46,11 +50,23 @@ def score_lines(figures: dict[str, float], images: int) -> list[str]:
     views = [f"{view} {figures[f'auc_{view}']:.4f}" for view in ("AP", "PA")
              if not math.isnan(figures[f"auc_{view}"])]
     within = f" (within views: {', '.join(views)})" if views else ""
-    return [f"Image ROC AUC: {figures['auc']:.4f}{within}",
+    found = ", ".join(f"{figures[f'froc_{rate:g}']:.2f} at {rate:g}" for rate in FALSE_BOXES)
+    return [f"True boxes found (FROC), at false boxes an image: {found}",
+            f"Image ROC AUC: {figures['auc']:.4f}{within}",
             f"Standard error of the RSNA mAP: {figures['rsna_standard_error']:.4f} "
             f"(bootstrap over {images} images)",
             f"RSNA Mean Average Precision: {figures['rsna']:.4f}",
             f"Total Average Precision: {figures['total']:.4f}"]
+
+
+def finite(figures: dict[str, float]) -> dict[str, float | None]:
+    """Figures with None for NaN, which JSON lacks."""
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+
+
+def named_figures(figures: dict[str, float]) -> dict[str, float | None]:
+    """Figures of Evaluation.summarize by their names in files."""
+    return {METRIC_NAMES.get(name, name): value for name, value in finite(figures).items()}
 
 
 def write_report(path: Path, rows: Iterable[Row], *, lines: Sequence[str],

@@ -196,6 +196,91 @@ def test_a_mask_is_scored_at_every_box_threshold_without_a_gate():
     assert metrics.score_mask(mask, (2048, 1024), [box], [0.3, 0.5]) == [1, 0]
 
 
+# FROC
+
+
+def slow_froc(confidences, hits, targets, images):
+    """Tries every confidence as the threshold."""
+    shares = []
+    for allowed in metrics.FALSE_BOXES:
+        best = 0
+        for threshold in confidences:
+            taken = [hit for confidence, hit in zip(confidences, hits) if confidence >= threshold]
+            if taken.count(False) / images <= allowed:
+                best = max(best, taken.count(True) / targets)
+        shares.append(best)
+    return shares
+
+
+def test_froc_equals_a_slow_reference():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        count, images = rng.integers(0, 40), int(rng.integers(1, 12))
+        confidences = rng.integers(0, 12, count) / 11  # some are equal
+        hits = rng.random(count) < 0.4
+        targets = int(hits.sum() + rng.integers(1, 5))
+        expected = slow_froc(confidences.tolist(), hits.tolist(), targets, images)
+        shares = metrics.froc(
+            np.stack([confidences, hits], axis=1), targets, images, metrics.FALSE_BOXES)
+        assert shares == pytest.approx(expected)
+
+
+def test_froc_takes_candidates_of_equal_confidence_together():
+    # 1/8 false box an image allows none of 4 images' two candidates with 0.9, one of which is false
+    candidates = np.array([[0.9, 1], [0.9, 0], [0.5, 1]])
+    shares = metrics.froc(candidates, 2, 4, metrics.FALSE_BOXES)
+    assert shares == [0, 1, 1, 1, 1]
+
+
+def test_froc_without_candidates_is_0_and_without_true_boxes_nan():
+    assert metrics.froc(np.zeros((0, 2)), 3, 5, [1, 2]) == [0, 0]
+    assert np.isnan(metrics.froc(np.array([[0.5, 0]]), 0, 5, [1, 2])).all()
+
+
+@pytest.fixture
+def faint_mask():
+    """Two joined opacities and a faint one, and the boxes around each in its pixels."""
+    mask = np.zeros((64, 64))
+    mask[8:24, 8:56] = 0.6
+    mask[8:24, 8:24] = mask[8:24, 40:56] = 0.8
+    mask[40:56, 8:24] = 0.2
+    return mask, [[8, 8, 16, 16], [40, 8, 16, 16], [8, 40, 16, 16]]
+
+
+def test_candidates_of_other_thresholds_follow_the_boxes_in_use(faint_mask):
+    mask, boxes = faint_mask
+    found = metrics.find_candidates(mask, (64, 64), boxes, Thresholds(size_weight=1))
+    confidences, hits = zip(*found)
+    assert confidences == pytest.approx([0.8, 0.8, 0.6 + 0.2 * 2 / 3, 0.2])
+    assert hits == (True, True, False, True)
+
+
+def test_each_target_is_hit_once_and_by_the_most_confident(faint_mask):
+    joined = [[8, 8, 48, 16]]  # IoU 1/3 with each of the two in it
+    hits = dict(metrics.find_candidates(faint_mask[0], (64, 64), joined, Thresholds(size_weight=1)))
+    assert list(hits.values()) == [False, True, False]
+    near = [[8, 8, 16, 16], [8, 9, 16, 16]]
+    found = metrics.find_candidates(faint_mask[0], (64, 64), near, Thresholds(size_weight=1))
+    assert sum(hit for _, hit in found) == 1
+
+
+@pytest.mark.parametrize("boxes", [[], np.zeros((0, 4))])
+def test_nothing_is_hit_without_true_boxes_or_candidates(boxes, faint_mask):
+    assert not any(hit for _, hit in metrics.find_candidates(
+        faint_mask[0], (64, 64), boxes, Thresholds()))
+    assert metrics.find_candidates(np.zeros((64, 64)), (64, 64), boxes, Thresholds()) == []
+    assert metrics.find_candidates(np.zeros((64, 64)), (64, 64), [[0, 0, 9, 9]], Thresholds()) == []
+
+
+def test_an_evaluation_reads_froc_at_five_rates():
+    evaluation = metrics.Evaluation(0.0, [0.5], np.full(4, 0.9), np.array([2, 1, 0, 0]),
+                                    np.full(4, ""), np.zeros((4, 1)),
+                                    np.array([[0.9, 1], [0.8, 0], [0.7, 1]]))
+    figures = evaluation.summarize(Thresholds())
+    shares = [figures[f"froc_{rate}"] for rate in ("0.125", "0.25", "0.5", "1", "2")]
+    assert shares == pytest.approx([1 / 3, 2 / 3, 2 / 3, 2 / 3, 2 / 3])
+
+
 # Text
 
 

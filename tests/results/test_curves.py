@@ -34,7 +34,7 @@ def evaluation(positive):
     scores = np.zeros((3, len(box_thresholds)))
     scores[:, -1] = 1
     return Evaluation(0.5, box_thresholds, np.array([0.2, 0.6, 0.9]), np.array(positive),
-                      np.full(3, ""), scores)
+                      np.full(3, ""), scores, np.array([[0.9, 1], [0.8, 0], [0.7, 1]]))
 
 
 @pytest.mark.parametrize("draw", [
@@ -73,6 +73,14 @@ def test_scores_are_drawn_over_both_thresholds_with_those_in_use(tmp_path, figur
     assert set(box.get_ydata()) == {0.0}
     assert gate.get_ydata()[0] == 1 and gate.get_ydata()[-1] == 0
     assert box_in_use.get_xdata()[0] == 0.55 and gate_in_use.get_xdata()[0] == 0.5
+
+
+def test_froc_is_drawn_with_the_rates_at_which_it_is_read(tmp_path, figure):
+    curves.draw_scores(tmp_path / "plot.png", evaluation([False, True, True]), Thresholds(0.55))
+    curve, rates = figure[0].axes[3].get_lines()
+    assert list(rates.get_xdata()) == [1 / 8, 1 / 4, 1 / 2, 1, 2]
+    assert list(rates.get_ydata()) == [0.5, 0.5, 1, 1, 1]  # 3 images: half an allowed box each is 1
+    assert curve.get_ydata()[0] == 0.5 and curve.get_ydata()[-1] == 1
 
 
 def test_the_gate_in_use_is_marked_on_the_roc_curve(tmp_path, figure):

@@ -125,8 +125,11 @@ def test_bytes_that_are_not_text_are_escaped(tmp_path, pictures):
     (0.25, " (within views: AP 0.7500, PA 0.2500)"), (math.nan, " (within views: AP 0.7500)")])
 def test_score_lines_end_in_the_lines_of_the_tutorial(pa, within):
     figures = {"auc": 0.5, "auc_AP": 0.75, "auc_PA": pa, "rsna": 0.6, "rsna_standard_error": 0.01,
-               "total": 0.3}
+               "total": 0.3} | dict.fromkeys(["froc_0.125", "froc_0.25", "froc_0.5"], 0.125) | {
+                   "froc_1": 0.5, "froc_2": 1}
     assert score_lines(figures, 40) == [
+        "True boxes found (FROC), at false boxes an image: 0.12 at 0.125, 0.12 at 0.25, "
+        "0.12 at 0.5, 0.50 at 1, 1.00 at 2",
         f"Image ROC AUC: 0.5000{within}",
         "Standard error of the RSNA mAP: 0.0100 (bootstrap over 40 images)",
         "RSNA Mean Average Precision: 0.6000", "Total Average Precision: 0.3000"]
