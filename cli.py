@@ -29,6 +29,7 @@ TRAIN_IMAGES, TEST_IMAGES = "stage_2_train_images", "stage_2_test_images"
 LABELS, CLASSES = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
 TEST_LABELS, MARKER = "stage_2_test_labels.csv", "synthetic.json"
 SUBMISSION = "stage_2_sample_submission.csv"  # names the test images
+SHIPPED = Path(__file__).with_name("weights") / "pneumonia.pth.tar"  # by tools/ship.py
 IMAGE_SIDE = 1024  # pixels a side in the challenge; the network sees IMAGE_SIDE / rescale_factor
 RESCALE_FACTORS = (1, 2, 4, 8, 16)
 NAMED = 5  # items named in a warning; the rest are counted
@@ -60,6 +61,19 @@ def refuse_if(wrong: object, message: str) -> None:
 def default_path(variable: str, *parts: str) -> str:
     """Path below the folder that a TRAINML_* variable names, or below its local default."""
     return os.path.join(os.environ.get(variable) or FOLDERS[variable], *parts)
+
+
+def default_model() -> str:
+    """final.pth.tar in $TRAINML_MODEL_PATH or, if that is not set, here; if none lies here, the
+    shipped model."""
+    path = default_path("TRAINML_MODEL_PATH", "final.pth.tar")
+    return path if os.environ.get("TRAINML_MODEL_PATH") or os.path.exists(path) else str(SHIPPED)
+
+
+def name_model(*paths: str | Path) -> str:
+    """What results call the model of these checkpoints."""
+    names = {str(SHIPPED): "the shipped model (docs/model-card.md)"}
+    return ", ".join(names.get(str(path), str(path)) for path in paths)
 
 
 def require(path: str | Path, kind: str, *, flag: str, variable: str | None = None) -> Path:
@@ -123,7 +137,9 @@ class Parser(argparse.ArgumentParser):
                  part: str = "", written_by: str = "", **options: Any) -> None:
         """A flag for a path: a `kind` of require, or "output", a folder to write to. Its default is
         `part` of the folder that a TRAINML_* variable names. With `nargs` it takes a list."""
-        default = default_path(variable, *filter(None, [part])) if variable else None
+        default = options.pop("default", None)
+        if variable and not default:
+            default = default_path(variable, *filter(None, [part]))
         shown = f" (default: {default.replace('%', '%%')})" if default else ""
         if default and "nargs" in options:
             default = [default]

@@ -58,9 +58,8 @@ def get_prediction(pId: str, dicom: str) -> dict[str, dict[str, str]]:
 
 @cache
 def load_network() -> "Network":
-    """The network of $MODEL_CHECKPOINT or $TRAINML_MODEL_PATH/final.pth.tar, loaded once."""
-    default = cli.default_path("TRAINML_MODEL_PATH", "final.pth.tar")
-    return Network(cli.require(os.environ.get("MODEL_CHECKPOINT") or default, "file",
+    """The network of $MODEL_CHECKPOINT or else of cli.default_model, loaded once."""
+    return Network(cli.require(os.environ.get("MODEL_CHECKPOINT") or cli.default_model(), "file",
                                flag="MODEL_CHECKPOINT", variable="TRAINML_MODEL_PATH"))
 
 
@@ -70,7 +69,7 @@ class Network:
     def __init__(self, checkpoint: Path):
         self.readers = ReaderPool(read_request, READERS)  # forked before PyTorch starts threads
         self.runtime = choose_runtime("auto", "auto")
-        self.checkpoint = checkpoint
+        self.name = cli.name_model(checkpoint)
         self.model, state = load_checkpoint(checkpoint, self.runtime.device)
         self.side = cli.IMAGE_SIDE // (state.get("rescale_factor") or 4)
         self.thresholds = Thresholds.of_checkpoint(state)
@@ -89,10 +88,11 @@ class Network:
         with self.lock:
             [mask] = self.runtime.predict_masks(self.model, image)
         if not np.isfinite(mask).all():
-            raise cli.Failure(f"has no result, since {self.checkpoint} gives values that are not "
+            raise cli.Failure(f"has no result, since {self.name} gives values that are not "
                               f"finite in {self.runtime.dtype}: give the endpoint another "
                               "checkpoint, or try predict.py --precision fp32")
         overlay = make_overlay(patient_id, radiograph, mask, self.thresholds)
+        overlay = overlay._replace(model=self.name)
         picture = base64.b64encode(encode_png(draw_overlay(overlay))).decode()
         annotations = prediction_string(overlay.boxes, overlay.confidences)
         answer = {"annotations": annotations, "image": picture, "remarks": reading.note}
@@ -162,7 +162,7 @@ def build_app() -> "FastAPI":  # noqa: F821, imported inside
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> dict[str, str]:
-        return {"status": "ok", "version": cli.VERSION}
+        return {"status": "ok", "version": cli.VERSION, "model": load_network().name}
 
     @app.post("/predict")
     async def predict(request: Request) -> dict[str, dict[str, str]]:
@@ -212,7 +212,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise cli.InputError(f"cannot listen: {error.strerror}: give another --host or --port")
     network = load_network()
     host = f"[{args.host}]" if is_ipv6 else args.host
-    print(f"ready at http://{host}:{listener.getsockname()[1]}; not for clinical use")
+    print(f"ready at http://{host}:{listener.getsockname()[1]}; {network.name}; "
+          "not for clinical use")
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
     try:
         uvicorn.Server(config).run(sockets=[listener])

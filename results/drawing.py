@@ -43,6 +43,7 @@ class Overlay(NamedTuple):
     original_size: tuple[int, int]  # (height, width)
     truth: np.ndarray | None = None  # (m, 4) true boxes, if they are known
     thresholds: Thresholds | None = None  # none where nothing was predicted
+    model: str = ""  # its name
 
 
 def make_overlay(patient_id: str, radiograph: Radiograph, mask: np.ndarray,
@@ -56,7 +57,7 @@ def make_overlay(patient_id: str, radiograph: Radiograph, mask: np.ndarray,
 
 def draw_overlay(overlay: Overlay, *, legend: bool = True) -> Image.Image:
     """Draws the radiograph with true boxes (solid), predicted ones (dashed) and the outline of the
-    mask at the box threshold; below it a `legend` of what is drawn, the id and the thresholds.
+    mask at the box threshold; below it a `legend` of what is drawn, and the caption.
 
     Returns mode "P", as large as `image`, but at least LEGIBLE, at the original's aspect.
     """
@@ -140,7 +141,7 @@ def _font(width):
 
 
 def _footer(overlay, width, names):
-    """The strip below a picture: a legend of `names`, then the id and the thresholds."""
+    """The strip below a picture: a legend of `names`, then the caption."""
     font = _font(width)
     row, indent = font.size * 3 // 2, font.size // 2
     lines = _caption(overlay, font, width - 2 * indent)
@@ -157,8 +158,8 @@ def _footer(overlay, width, names):
 
 
 def _caption(overlay, font, width):
-    """The id and the thresholds as lines of text that fit into `width` pixels."""
-    texts = [overlay.patient_id, str(overlay.thresholds or "")]
+    """The id, model and thresholds as lines of text that fit into `width` pixels."""
+    texts = [overlay.patient_id, overlay.model, str(overlay.thresholds or "")]
     if overlay.thresholds and not len(overlay.boxes):
         texts[0] += ", no opacity found"
     lines = []

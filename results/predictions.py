@@ -56,12 +56,14 @@ def stamp_of(path: str | Path) -> list[int] | None:
         return [status.st_size, status.st_mtime_ns]
 
 
-def dicom_writer(folder: Path, files: dict[str, Path], checkpoint: Path) -> "DicomWriter":  # noqa: F821
-    """The DicomWriter of images predicted with a checkpoint; raises InputError if its package,
-    highdicom, is missing."""
+def dicom_writer(folder: Path, files: dict[str, Path],
+                 checkpoints: Sequence[str]) -> "DicomWriter":  # noqa: F821
+    """The DicomWriter of images predicted with the model of these checkpoints; raises InputError if
+    its package, highdicom, is missing."""
     from .dicom_objects import DicomWriter  # imported on use: few need highdicom
     gc.freeze()  # reports make garbage often; its collection need not search all modules
-    return DicomWriter(folder, files, hashlib.sha256(checkpoint.read_bytes()).hexdigest())
+    content = b"".join(Path(path).read_bytes() for path in checkpoints)
+    return DicomWriter(folder, files, hashlib.sha256(content).hexdigest())
 
 
 class Predictions:
@@ -83,6 +85,7 @@ class Predictions:
                          for path, reason in left_out]
         fields = [*Prediction._fields, *Row._fields]
         self.settings = json.loads(json.dumps(settings | {"fields": fields}))
+        self.model = settings["model"][0]
         self.pictures = folder / "images" if settings["save_images"] else None
         self.annotations = folder / "annotations.json"
         # the tables of a complete run are replaced by those of a complete one alone
@@ -127,12 +130,12 @@ class Predictions:
         if mask is None:
             made = Prediction.skipped(patient_id, path, reading.problem, **options)
         elif not np.isfinite(mask).all():
-            reason = (f"has no result, since {self.settings['model'][0]} gives values that are not "
-                      "finite: try --precision fp32, or another checkpoint with --model")
+            reason = (f"has no result, since {self.model} gives values that are not finite: try "
+                      "--precision fp32, or another checkpoint with --model")
             made = Prediction.skipped(patient_id, path, reason, **options | {"is_fault": True})
         else:
             overlay = make_overlay(patient_id, reading.value, mask, self.thresholds,
-                                   self.labels.boxes.get(patient_id))
+                                   self.labels.boxes.get(patient_id))._replace(model=self.model)
             boxes = metrics.prediction_string(overlay.boxes, overlay.confidences)
             if overlay.truth is not None:
                 image = mask, overlay.original_size, overlay.truth
@@ -219,7 +222,7 @@ class Predictions:
             self._compare_labels(predicted)
             lines = self._score(predicted, self.folder / plot, self.folder / figures)
         write_report(self.folder / page, [one.row for one in (*predicted, *skipped)],
-                     lines=[str(self.thresholds), summary, *lines],
+                     lines=[f"model: {self.model}", str(self.thresholds), summary, *lines],
                      pictures=self.pictures and self.pictures.name,
                      plots=[plot] if len(lines) > 1 else [])
         print(f"{summary}; see {self.folder / page}", *lines, sep="\n")

@@ -163,8 +163,23 @@ def test_base64_in_lines_for_addresses_or_from_a_browser_is_read(server, radiogr
     assert server.call("POST", "/predict", body, JSON)[:2] == server.predict("a", content)
 
 
-def test_health_answers(server):
-    assert server.call("GET", "/health")[:2] == (200, {"status": "ok", "version": cli.VERSION})
+def test_health_answers_with_the_version_and_the_model(server, checkpoint):
+    answer = {"status": "ok", "version": cli.VERSION, "model": str(checkpoint)}
+    assert server.call("GET", "/health")[:2] == (200, answer)
+
+
+def test_without_a_model_the_endpoint_takes_the_shipped_one(
+        checkpoint, radiograph, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "SHIPPED", checkpoint)
+    for variable in ("MODEL_CHECKPOINT", "TRAINML_MODEL_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.chdir(tmp_path)
+    endpoint.load_network.cache_clear()
+    answer = endpoint.get_prediction("a", base64.b64encode(radiograph).decode())
+    assert answer["a"]["annotations"]
+    assert endpoint.load_network().name == "the shipped model (docs/model-card.md)"
+    endpoint.load_network().readers.stop()
+    endpoint.load_network.cache_clear()
 
 
 @pytest.mark.parametrize("path", ["/", "/health"])

@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from cli import InputError
-from model import PneumoniaUNET, choose_runtime, load_checkpoint, save_checkpoint
+from model import (
+    PneumoniaUNET,
+    choose_runtime,
+    load_checkpoint,
+    load_model,
+    mean_logits,
+    save_checkpoint,
+)
 
 # name: channels in, in the middle, out; read off a checkpoint of the earlier implementation
 LEVELS = {
@@ -137,9 +144,9 @@ def test_the_squares_of_an_image_are_where_the_logits_are():
     patched.load_state_dict(weights)
     images = torch.rand(2, 1, 256, 128)
     with torch.no_grad():
-        small = plain(F.avg_pool2d(images, 4))
+        small = plain.one_view(F.avg_pool2d(images, 4))
         expected = F.interpolate(small, (256, 128), mode="bilinear")
-        torch.testing.assert_close(patched(images), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(patched.one_view(images), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_untrained_network_expects_few_opacity_pixels():
@@ -261,3 +268,73 @@ def test_logits_are_interpolated_in_full_precision():
     model = PneumoniaUNET(patch_size=2, width=2).eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert model(torch.rand(1, 1, 64, 64)).dtype == torch.float32
+
+def test_the_mask_of_a_mirror_image_is_the_mirror_image_of_the_mask():
+    model = PneumoniaUNET(patch_size=1, width=4).eval()
+    torch.nn.init.normal_(model.up_1[1].conv.weight)
+    images = torch.rand(2, 1, 64, 64)
+    with torch.inference_mode():
+        masks, mirrored = model(images), model(images.flip(-1))
+        one_view = model.one_view(images)
+    torch.testing.assert_close(mirrored.flip(-1), masks)
+    assert not torch.allclose(one_view, masks, atol=0.01)
+
+
+def test_training_sees_one_view():
+    model = PneumoniaUNET(patch_size=1, width=4).train()
+    images = torch.rand(2, 1, 64, 64)
+    torch.testing.assert_close(model(images), model.one_view(images))
+
+
+def test_a_mask_of_certain_pixels_has_finite_logits():
+    model = PneumoniaUNET(patch_size=1, width=4).eval()
+    torch.nn.init.constant_(model.up_1[1].conv.bias, 50)
+    with torch.inference_mode():
+        assert model(torch.rand(1, 1, 64, 64)).isfinite().all()
+
+
+def test_a_file_from_before_mirror_images_gives_one_view(tmp_path):
+    model = PneumoniaUNET(patch_size=4, width=4)
+    model.config.pop("mirror")
+    save_checkpoint(tmp_path / "old.pth.tar", model)
+    loaded, _ = load_checkpoint(tmp_path / "old.pth.tar")
+    assert not loaded.mirror
+
+
+def save_network(path, **options):
+    torch.manual_seed(len(options))
+    save_checkpoint(path, PneumoniaUNET(patch_size=2, width=2, **options), rescale_factor=8)
+    return path
+
+
+def test_the_mask_of_several_checkpoints_is_the_mean_of_their_masks(tmp_path):
+    paths = [save_network(tmp_path / "a"), save_network(tmp_path / "b", alpha_leaky=0.1)]
+    images = torch.rand(2, 1, 64, 64)
+    with torch.inference_mode():
+        masks = [load_checkpoint(path)[0](images).sigmoid() for path in paths]
+        mean = load_model(paths, "cpu")[0](images).sigmoid()
+    torch.testing.assert_close(mean, (masks[0] + masks[1]) / 2)
+    assert not torch.allclose(masks[0], masks[1])
+
+
+def test_a_single_checkpoint_is_no_ensemble(tmp_path):
+    model, checkpoint = load_model([save_network(tmp_path / "a")], "cpu")
+    assert isinstance(model, PneumoniaUNET) and checkpoint["rescale_factor"] == 8
+
+
+def test_checkpoints_of_different_image_sizes_are_refused(tmp_path):
+    save_checkpoint(tmp_path / "b", PneumoniaUNET(patch_size=2, width=2), rescale_factor=4)
+    with pytest.raises(InputError, match="different rescale factors .8, 4."):
+        load_model([save_network(tmp_path / "a"), tmp_path / "b"], "cpu")
+
+
+@pytest.mark.parametrize("networks", [[], {}, 3, [3], [{"state_dict": 3}]])
+def test_a_file_of_no_networks_is_refused(tmp_path, networks):
+    torch.save({"networks": networks}, tmp_path / "a")
+    with pytest.raises(InputError, match="not a checkpoint of this project"):
+        load_checkpoint(tmp_path / "a")
+
+
+def test_one_infinite_network_makes_the_mean_nan():
+    logits = mean_logits([torch.tensor([1.0, 2.0]), torch.tensor([1.0, torch.inf])])
+    assert logits[0] == pytest.approx(1) and logits[1].isnan()

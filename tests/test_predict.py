@@ -8,8 +8,10 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import cli
 import metrics
 import predict
 from cli import InputError
@@ -442,6 +444,49 @@ def test_damaged_images_are_skipped_with_the_reason(tmp_path, checkpoint):
     assert path.endswith("b.png") and reason.startswith("is damaged")
 
 
+# Models
+
+
+def test_without_a_model_the_shipped_one_speaks_and_is_named(
+        square, tmp_path, checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "SHIPPED", checkpoint)
+    monkeypatch.delenv("TRAINML_MODEL_PATH", raising=False)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", str(square), "--output", str(tmp_path / "results")]
+    assert predict.main(flags) == 0
+    assert "; the shipped model (docs/model-card.md); box " in capsys.readouterr().out
+    page = (tmp_path / "results" / "report.html").read_text("utf-8")
+    assert "model: the shipped model (docs/model-card.md)<br>" in page
+
+    shutil.copy(checkpoint, tmp_path / "final.pth.tar")  # one's own comes first
+    assert predict.main(flags) == 0
+    assert "; ./final.pth.tar; box " in capsys.readouterr().out
+
+
+def test_a_job_without_its_model_does_not_get_the_shipped_one(
+        square, tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr(cli, "SHIPPED", checkpoint)
+    monkeypatch.setenv("TRAINML_MODEL_PATH", str(tmp_path / "models"))
+    with pytest.raises(InputError, match="final.pth.tar does not exist.*TRAINML_MODEL_PATH"):
+        predict.main(["--data", str(square), "--output", str(tmp_path / "output")])
+
+
+def test_several_models_are_averaged_and_named(square, tmp_path, checkpoint, capsys):
+    torch.manual_seed(1)
+    save_checkpoint(tmp_path / "b.pth.tar", PneumoniaUNET(patch_size=2), rescale_factor=16)
+    (tmp_path / "split.csv").write_text("patientId,split\na,training\n")  # beside b alone
+    labels = tmp_path / "labels.csv"
+    labels.write_text("patientId,x,y,width,height,Target\na,1,1,9,9,1\n")
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    assert run(square, checkpoint, alone, "--labels", labels) == 0
+    assert "RSNA Mean" in capsys.readouterr().out
+    run(square, checkpoint, both, "--labels", labels, "--model", checkpoint, tmp_path / "b.pth.tar")
+    printed = capsys.readouterr().out
+    assert f"; {checkpoint}, {tmp_path / 'b.pth.tar'}; box " in printed
+    assert "the model was trained on, so not scored: 1" in printed
+    assert read_annotations(alone) != read_annotations(both)
+
+
 # Thresholds
 
 
@@ -492,6 +537,9 @@ def test_labels_score_the_folder(tmp_path, phantoms, checkpoint, capsys):
     assert lines[-2].startswith("RSNA Mean Average Precision: ")
     assert lines[-1].startswith("Total Average Precision: ")
     assert any("bootstrap over 4 images" in line for line in lines)
+    figures = json.loads((tmp_path / "output" / "metrics.json").read_text("utf-8"))
+    assert lines[-2].endswith(f"{figures['rsna_mean_average_precision']:.4f}")
+    assert figures["scored_images"] == 4 and 0 <= figures["froc_0.125"] <= figures["froc_2"] <= 1
 
 
 def test_labels_without_an_image_are_named(tmp_path, phantoms, checkpoint, capsys):

@@ -18,7 +18,7 @@ import train
 from cli import InputError
 from engine import Start
 from metrics import Thresholds
-from model import PneumoniaUNET, load_checkpoint, save_checkpoint
+from model import Ensemble, PneumoniaUNET, load_checkpoint, save_checkpoint
 from radiographs import readers
 from results.records import Records
 
@@ -448,6 +448,13 @@ def test_a_warm_start_takes_the_weights_and_continues_nothing(tmp_path):
     start, _ = warm_start(tmp_path, given)
     assert start.model.config == given.config and not start.continues
     assert torch.equal(start.model.up_1[1].conv.weight, given.up_1[1].conv.weight)
+
+
+def test_a_warm_start_from_several_networks_takes_the_first(tmp_path):
+    networks = [PneumoniaUNET(width=4), PneumoniaUNET(width=4)]
+    start, args = warm_start(tmp_path, Ensemble(networks))
+    assert args.width == 4 and start.model.config == networks[0].config
+    assert torch.equal(start.model.up_1[1].conv.weight, networks[0].up_1[1].conv.weight)
 
 
 NETWORK = {"width": 4, "alpha_leaky": 0.1, "bn_eps": 0.001, "bn_momentum": 0.2}
