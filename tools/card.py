@@ -1,0 +1,172 @@
+"""Prints the tables of docs/model-card.md, from the runs of a cross-validation.
+
+    for fold in 0 1 2 3 4; do
+      for seed in 1 2; do
+        python train.py --optimizer adamw --epochs 20 --width 16 --no-save-images --folds 5 \
+          --fold $fold --seed $seed --save output/fold-$fold-seed-$seed
+      done
+    done
+    python -m tools.card output/fold-*
+
+Reads final.pth.tar, split.csv and metrics.json of each run, and the images and the train.csv that
+it was trained on. The masks of the runs of a fold are averaged, and score the fold that they have
+not seen, at the thresholds of their files or those given.
+"""
+
+import argparse
+import json
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import metrics
+from data_processing import read_labels, read_split
+from dataset import PneumoniaDataset
+from model import choose_runtime, load_model
+from radiographs import find_dicom_files
+
+AGES, AGE_NAMES = (0, 20, 40, 60, 200), ("below 20", "20 to 39", "40 to 59", "60 and above")
+AREAS = (0, 40_000, 80_000, 1024**2)  # original pixels
+AREA_NAMES = ("below 40,000", "40,000 to 80,000", "above 80,000")
+BINS = np.linspace(0, 1, 6)  # of the confidence, for calibration
+WORST = 20  # images of each kind of error
+HEADERS = ["patientId", "PatientSex", "PatientAge", "ViewPosition", "class"]
+
+
+def arguments(run):
+    return json.loads((run / "metrics.json").read_text("utf-8"))["arguments"]
+
+
+def predict_fold(runs, given, runtime):
+    """A row for each image of the fold that these runs left out."""
+    data, table, fold = (arguments(runs[0])[name] for name in ("data", "labels", "fold"))
+    model, state = load_model([run / "final.pth.tar" for run in runs], runtime.device)
+    thresholds = metrics.Thresholds.of_checkpoint(state)._replace(**given)
+    files, labels = find_dicom_files(data)[0], read_labels(table)
+    parts = read_split(runs[0] / "split.csv")
+    files = {key: files[key] for key, part in sorted(parts.items()) if part == "test"}
+    dataset = PneumoniaDataset(files, labels, workers=2)
+    rows = []
+    for index, patient_id in enumerate(dataset.patient_ids):
+        images, _ = dataset[[index]]
+        mask = runtime.predict_masks(model, images)[0]
+        size, truth = dataset.original_sizes[index], dataset.boxes[index]
+        confidence = metrics.image_confidence(mask)
+        boxes, confidences = metrics.find_boxes(mask, size, thresholds)
+        rows.append({
+            "patientId": patient_id, "fold": fold, "positive": len(truth) > 0,
+            "confidence": confidence, "marked": confidence >= thresholds.gate,
+            "score": metrics.average_precision_image(boxes, confidences, truth),
+            "true_boxes": len(truth), "areas": truth[:, 2] * truth[:, 3],
+            "candidates": metrics.find_candidates(mask, size, truth, thresholds)})
+    print(f"fold {fold}: {len(rows)} images, {len(runs)} networks, {thresholds}", flush=True)
+    headers = pd.read_csv(table, dtype=str).drop_duplicates("patientId")[HEADERS]
+    return pd.DataFrame(rows).merge(headers, on="patientId")
+
+
+def share(values):
+    """Mean of booleans with its binomial standard error."""
+    mean = values.mean()
+    return f"{mean:.2f} +- {(mean * (1 - mean) / max(len(values), 1)) ** 0.5:.2f}"
+
+
+def table_line(name, images):
+    """Figures of some images as a line of a Markdown table."""
+    scores, positive = images["score"].to_numpy(float), images["positive"].to_numpy(bool)
+    confidences, rng = images["confidence"].to_numpy(), np.random.default_rng(0)
+    drawn = rng.integers(len(images), size=(metrics.BOOTSTRAPS, len(images)))
+    aucs = [metrics.roc_auc(confidences[sample], positive[sample]) for sample in drawn]
+    marked = images["marked"].to_numpy(bool)
+    return (f"| {name} | {len(images)} | {positive.sum()} | "
+            f"{metrics.mean_average_precision(scores):.3f} +- "
+            f"{metrics.bootstrap(scores).std():.3f} | "
+            f"{metrics.roc_auc(confidences, positive):.3f} +- {np.nanstd(aucs):.3f} | "
+            f"{share(marked[positive])} | {share(~marked[~positive])} |")
+
+
+def print_groups(images):
+    print("\n| images | number | with opacities | RSNA mAP | AUC | sensitivity | specificity |\n"
+          "|---|---|---|---|---|---|---|")
+    print(table_line("all", images))
+    ages = pd.cut(pd.to_numeric(images["PatientAge"]), AGES, right=False, labels=AGE_NAMES)
+    groups = {"view": images["ViewPosition"], "sex": images["PatientSex"], "age": ages,
+              "fold": images["fold"]}
+    for kind, values in groups.items():
+        for value, part in images.groupby(values, observed=True):
+            print(table_line(f"{kind} {value}", part))
+    for value, part in images[~images["positive"]].groupby("class"):
+        print(f"specificity, class {value}: {share(~part['marked'])} of {len(part)}")
+
+
+def print_sizes(images):
+    """Positive images by the size of their largest true box."""
+    positive = images[images["positive"]]
+    sizes = pd.cut(positive["areas"].map(max), AREAS, labels=AREA_NAMES)
+    print("\n| largest true box, pixels | images | RSNA mAP of these | marked |\n|---|---|---|---|")
+    for size, part in positive.groupby(sizes, observed=True):
+        scores = part["score"].to_numpy(float)
+        print(f"| {size} | {len(part)} | {scores.mean():.3f} +- "
+              f"{metrics.bootstrap(scores).std():.3f} | {share(part['marked'])} |")
+
+
+def print_froc(images):
+    candidates = np.array([pair for pairs in images["candidates"] for pair in pairs])
+    shares = metrics.froc(candidates, images["true_boxes"].sum(), len(images), metrics.FALSE_BOXES)
+    print("\nFROC:", ", ".join(f"{value:.2f} at {rate:g}" for value, rate in
+                               zip(shares, metrics.FALSE_BOXES)), "false boxes an image")
+
+
+def print_calibration(images):
+    print("\n| highest probability | images | mean | share with opacities |\n|---|---|---|---|")
+    bins = pd.cut(images["confidence"], BINS, include_lowest=True)
+    for interval, part in images.groupby(bins, observed=True):
+        print(f"| {max(interval.left, 0):.1f} to {interval.right:.1f} | {len(part)} | "
+              f"{part['confidence'].mean():.2f} | {share(part['positive'])} |")
+
+
+def print_worst(images, show):
+    """What the headers and labels say of the most confident errors."""
+    ordered = images.sort_values("confidence")
+    kinds = {"false positives": ordered[~ordered["positive"]].tail(WORST),
+             "false negatives": ordered[ordered["positive"]].head(WORST)}
+    for kind, worst in kinds.items():
+        print(f"\n{len(worst)} worst {kind}: highest probability {worst['confidence'].min():.2f} "
+              f"to {worst['confidence'].max():.2f}")
+        for column in ("class", "ViewPosition", "PatientSex", "true_boxes"):
+            print(f"  {column}: {worst[column].value_counts().to_dict()}")
+        areas = np.concatenate(worst["areas"].tolist())
+        print(f"  median age {pd.to_numeric(worst['PatientAge']).median():.0f}",
+              f"median area of a true box {np.median(areas):.0f} pixels" if len(areas) else "")
+        if show:
+            print(" ", *worst["patientId"])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of train.py --folds")
+    parser.add_argument("--box-threshold", type=float, help="instead of the checkpoint's")
+    parser.add_argument("--gate-threshold", type=float, help="instead of the checkpoint's")
+    parser.add_argument("--ids", action="store_true", help="print the ids of the worst images")
+    args = parser.parse_args()
+    given = {"box": args.box_threshold, "gate": args.gate_threshold}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given:
+        given["source"] = f"{' and '.join(given)} given by flag"
+    runtime = choose_runtime("auto", "auto")
+
+    def fold_of(run):
+        return arguments(run)["fold"]
+    folds = groupby(sorted(args.runs, key=fold_of), fold_of)
+    images = pd.concat([predict_fold(list(runs), given, runtime) for _, runs in folds],
+                       ignore_index=True)
+    print_groups(images)
+    print_sizes(images)
+    print_froc(images)
+    print_calibration(images)
+    print_worst(images, args.ids)
+
+
+if __name__ == "__main__":
+    main()
