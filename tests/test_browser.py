@@ -87,6 +87,10 @@ def test_dropped_files_appear_with_picture_boxes_and_reasons(page, server, radio
     assert card(page, "three.txt").locator("p").text_content() == "is not a DICOM file"
 
 
+def test_the_page_names_the_model(page, checkpoint):
+    sync_api.expect(page.locator("#model")).to_have_text(f"Model: {checkpoint}")
+
+
 def test_annotations_are_downloaded_as_predict_writes_them(page, server, radiographs, tmp_path):
     drop(page, radiographs)
     sync_api.expect(page.get_by_role("status")).to_have_text("2 done, 1 failed")
