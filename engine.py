@@ -19,7 +19,7 @@ import cli
 import parallel
 from data_processing import read_split
 from dataset import Augmentation, PneumoniaDataset
-from metrics import Evaluation, Thresholds, find_candidates, image_confidence, score_mask
+from metrics import Evaluation, Grid, Thresholds, find_candidates, image_confidence, score_mask
 from model import Ensemble, PneumoniaUNET, Runtime, load_checkpoint
 
 POSITIVE_WEIGHT = 2  # how much more often an image with opacities is drawn in training
@@ -193,11 +193,10 @@ def check_losses(losses: Sequence[float], last_step: int, epoch: int,
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, dataset: PneumoniaDataset, indices: Sequence[int],
-             box_thresholds: Sequence[float], *, runtime: Runtime,
-             batch_size: int = 8) -> Evaluation:
-    """One pass over images of the data set, with boxes found as in predict.py and scored at each
-    box threshold; the first is that in use. Processes share the batches; each returns the whole
-    Evaluation.
+             grid: Grid, *, runtime: Runtime, batch_size: int = 8) -> Evaluation:
+    """One pass over images of the data set, with boxes found as in predict.py and scored at the
+    thresholds of the grid, of which the first are those in use. Processes share the batches; each
+    returns the whole Evaluation.
 
     Raises InputError if the loss is not finite.
     """
@@ -214,11 +213,11 @@ def evaluate(model: nn.Module, dataset: PneumoniaDataset, indices: Sequence[int]
                                  "--learning-rate; the best files so far are kept")
         for index, mask in zip(batch, logits.sigmoid()[:, 0].cpu().numpy()):
             size, boxes = dataset.original_sizes[index], dataset.boxes[index]
-            scores = score_mask(mask, size, boxes, box_thresholds)
-            candidates = find_candidates(mask, size, boxes, Thresholds(box_thresholds[0]))
+            scores = score_mask(mask, size, boxes, grid)
+            candidates = find_candidates(mask, size, boxes, Thresholds(grid.boxes[0]))
             rows.append((loss, image_confidence(mask), scores, candidates))
     losses, confidences, scores, candidates = zip(*parallel.gather(rows, runtime))
     true_boxes = np.array([len(dataset.boxes[index]) for index in indices])
     views = np.array([dataset.views[index] for index in indices])
-    return Evaluation(float(np.mean(losses)), box_thresholds, np.array(confidences), true_boxes,
+    return Evaluation(float(np.mean(losses)), grid, np.array(confidences), true_boxes,
                       views, np.array(scores), np.array(sum(candidates, [])).reshape(-1, 2))

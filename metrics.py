@@ -17,7 +17,7 @@ IOU_THRESHOLDS = (0.40, 0.45, 0.50, 0.55, 0.60, 0.65, 0.70, 0.75)
 # smallest region, as a share of the image; 99 % of the challenge's boxes exceed 9,624 / 1024**2
 MIN_AREA = 5000 / 1024**2
 TYPICAL_SIDES = (217 / 1024, 298 / 1024)  # the challenge's median width and height, as shares
-CURVE_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # box thresholds of scores.png
+CURVE_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of scores.png
 BOX_THRESHOLDS = np.arange(1, 60) / 60  # what the search tries
 GATE_THRESHOLDS = np.arange(20) / 20
 BOOTSTRAPS = 200  # samples of the images for a standard error
@@ -32,17 +32,21 @@ class Thresholds(NamedTuple):
     """How a mask becomes boxes: two thresholds, and the weight by which regress_sides then corrects
     the boxes. No search changes the weight; it is kept here because files from before it was
     introduced need 1."""
-    box: float = 0.5  # a pixel above this probability belongs to a box
-    gate: float = 0.8  # an image whose highest probability is below this has no boxes
+    box: float = 0.5  # a pixel above this probability belongs to a region
+    gate: float = 0.8  # a region whose highest probability is below this is left out
     source: str = "defaults"  # where the two come from, in words
     size_weight: float = 0.8
 
     def __str__(self):
         return f"box threshold {self.box:.2f}, gate threshold {self.gate:.2f} ({self.source})"
 
-    def and_curve(self) -> list[float]:
-        """The box threshold and those of the curve in scores.png."""
-        return [self.box, *CURVE_THRESHOLDS]
+    def alone(self) -> "Grid":
+        """The grid of these two alone."""
+        return Grid([self.box], [self.gate])
+
+    def and_curves(self) -> "Grid":
+        """These two, and those of the curves in scores.png."""
+        return Grid([self.box, *CURVE_THRESHOLDS], [self.gate, *CURVE_THRESHOLDS])
 
     def stored(self) -> dict[str, Any]:
         """The values by their names in checkpoints and metrics.json."""
@@ -59,14 +63,20 @@ class Thresholds(NamedTuple):
                    size_weight=float(checkpoint.get("size_weight", 1)))
 
 
+class Grid(NamedTuple):
+    """Thresholds at which masks are scored, each of the T with each of the G."""
+    boxes: Sequence[float]  # (T,)
+    gates: Sequence[float]  # (G,)
+
+
 class Evaluation(NamedTuple):
-    """One pass of a network over N labelled images, with boxes found at T box thresholds."""
+    """One pass of a network over N labelled images, whose boxes are scored on a grid."""
     loss: float
-    box_thresholds: Sequence[float]  # (T,)
+    grid: Grid
     confidences: np.ndarray  # (N,) image_confidence of each mask
     true_boxes: np.ndarray  # (N,) number of true boxes
     views: np.ndarray  # (N,) "AP", "PA" or ""
-    scores: np.ndarray  # (N, T) average precision without a gate; NaN for a true negative
+    scores: np.ndarray  # (N, T, G) average precision; NaN for a true negative
     candidates: np.ndarray = np.zeros((0, 2))  # (K, 2) for FROC: confidences, and 1 for a hit or 0
 
     @property
@@ -75,11 +85,11 @@ class Evaluation(NamedTuple):
         return self.true_boxes > 0
 
     def scores_at(self, box: float, gate: float) -> np.ndarray:
-        """Scores (N,) at one of these box thresholds, with a gate."""
-        return gate_scores(self, gate)[:, list(self.box_thresholds).index(box)]
+        """Scores (N,) at two thresholds of the grid."""
+        return self.scores[:, self.grid.boxes.index(box), self.grid.gates.index(gate)]
 
     def summarize(self, thresholds: Thresholds) -> dict[str, float]:
-        """Figures at these thresholds, the box threshold being one of its own."""
+        """Figures at these thresholds, which are of the grid."""
         scores = self.scores_at(thresholds.box, thresholds.gate)
         figures = {"loss": self.loss, "rsna": float(mean_average_precision(scores)),
                    "rsna_standard_error": float(bootstrap(scores).std()),
@@ -104,16 +114,17 @@ def image_confidence(mask: np.ndarray) -> float:
 
 
 def parse_boxes(mask: np.ndarray, threshold: float,
-                min_area: float = 0) -> tuple[np.ndarray, np.ndarray]:
+                min_area: float = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Boxes around the connected regions (8 neighbours) of a mask of probabilities (H, W).
 
     A region has at least `min_area` pixels above `threshold`. Returns boxes (n, 4) in pixels of the
-    mask and confidences (n,), the mean probability of each region, in descending order.
+    mask, confidences (n,), the mean probability of each region, in descending order, and peaks
+    (n,), its highest.
     """
     above = mask > threshold
     bounds = Image.fromarray(above).getbbox()
     if not bounds:
-        return np.zeros((0, 4)), np.zeros(0)
+        return np.zeros((0, 4)), np.zeros(0), np.zeros(0)
     left, top, right, bottom = bounds
     part = slice(top, bottom), slice(left, right)  # a fifth of the mask or less
     labels = measure.label(above[part], connectivity=2)
@@ -122,21 +133,28 @@ def parse_boxes(mask: np.ndarray, threshold: float,
     regions.sort(key=lambda region: -region.intensity_mean)
     boxes = [[left + x0, top + y0, x1 - x0, y1 - y0]
              for y0, x0, y1, x1 in (region.bbox for region in regions)]
-    confidences = np.array([region.intensity_mean for region in regions], float)
-    return np.array(boxes, float).reshape(-1, 4), confidences
+    values = [(region.intensity_mean, region.intensity_max) for region in regions]
+    return np.array(boxes, float).reshape(-1, 4), *np.array(values, float).reshape(-1, 2).T
 
 
 def find_boxes(mask: np.ndarray, original_size: tuple[int, int],
                thresholds: Thresholds) -> tuple[np.ndarray, np.ndarray]:
     """Boxes (n, 4) in original pixels and confidences (n,) of a mask (S, S) of probabilities.
 
-    No boxes if image_confidence is below the gate; regions below MIN_AREA are left out.
+    Regions smaller than MIN_AREA are left out, and those that do not reach the gate: hysteresis
+    thresholding (Canny, doi:10.1109/TPAMI.1986.4767851, VIII).
     """
-    if image_confidence(mask) < thresholds.gate:
+    if image_confidence(mask) < thresholds.gate:  # most images end here
         return np.zeros((0, 4)), np.zeros(0)
-    boxes, confidences = parse_boxes(mask, thresholds.box, MIN_AREA * mask.size)
+    boxes, confidences, peaks = _find_regions(mask, original_size, thresholds)
+    return boxes[peaks >= thresholds.gate], confidences[peaks >= thresholds.gate]
+
+
+def _find_regions(mask, original_size, thresholds):
+    """Boxes, confidences and peaks of the regions that may reach a gate."""
+    boxes, confidences, peaks = parse_boxes(mask, thresholds.box, MIN_AREA * mask.size)
     boxes = rescale_boxes(boxes, mask.shape, original_size)
-    return regress_sides(boxes, original_size, thresholds.size_weight), confidences
+    return regress_sides(boxes, original_size, thresholds.size_weight), confidences, peaks
 
 
 def regress_sides(boxes: np.ndarray, original_size: tuple[int, int], weight: float) -> np.ndarray:
@@ -229,15 +247,20 @@ def froc(candidates: np.ndarray, true_boxes: int, images: int,
 
 
 def score_mask(mask: np.ndarray, original_size: tuple[int, int], target_boxes: np.ndarray,
-               box_thresholds: Sequence[float],
-               size_weight: float = Thresholds().size_weight) -> list[float]:
-    """Average precision of the boxes found at each box threshold, without a gate."""
-    scores = []
-    for box_threshold in box_thresholds:
-        thresholds = Thresholds(box_threshold, gate=0, size_weight=size_weight)
-        boxes, confidences = find_boxes(mask, original_size, thresholds)
-        scores.append(average_precision_image(boxes, confidences, target_boxes))
-    return scores
+               grid: Grid, size_weight: float = Thresholds().size_weight) -> list[list[float]]:
+    """Average precision (T, G) of the boxes found at the thresholds of a grid."""
+    table = []
+    for box_threshold in grid.boxes:
+        boxes, confidences, peaks = _find_regions(
+            mask, original_size, Thresholds(box_threshold, size_weight=size_weight))
+        scores = {}  # {number of boxes: score}; a higher gate leaves a part of the boxes
+        counts = [int(sum(peaks >= gate)) for gate in grid.gates]
+        for count, gate in zip(counts, grid.gates):
+            if count not in scores:
+                scores[count] = average_precision_image(
+                    boxes[peaks >= gate], confidences[peaks >= gate], target_boxes)
+        table.append([scores[count] for count in counts])
+    return table
 
 
 def mean_average_precision(scores: np.ndarray) -> np.ndarray:
@@ -266,51 +289,42 @@ def bootstrap(scores: np.ndarray) -> np.ndarray:
     images = len(scores)
     rng = np.random.default_rng(0)
     drawn = rng.multinomial(images, np.full(images, 1 / images), BOOTSTRAPS).astype(float)
-    return drawn @ np.nan_to_num(scores) / np.maximum(drawn @ ~np.isnan(scores), 1)
+    sums, counts = (np.tensordot(drawn, part, 1) for part in
+                    (np.nan_to_num(scores), ~np.isnan(scores)))
+    return sums / np.maximum(counts, 1)
 
 
-def gate_scores(evaluation: Evaluation, gate: float) -> np.ndarray:
-    """Scores (N, T) with the gate: an image below it has no boxes, so it scores 0 if it has a true
-    box and NaN if not."""
-    below = np.where(evaluation.positive, 0.0, np.nan)[:, None]
-    return np.where(evaluation.confidences[:, None] >= gate, evaluation.scores, below)
-
-
-def search_thresholds(evaluation: Evaluation, gates: Sequence[float],
-                      default: tuple[int, int]) -> tuple[int, int]:
+def search_thresholds(evaluation: Evaluation, default: tuple[int, int]) -> tuple[int, int]:
     """The pair of thresholds that an Evaluation proves best, as indices of (box threshold, gate).
 
     The best of many noisy scores is mostly luck. So each pair is ranked by its gain over `default`
     less PROOF standard errors of that gain; `default` stays unless this is above 0 for some pair
     (docs/experiments.md). A pair close to the default needs little proof: its gain varies little.
     """
-    gated = [gate_scores(evaluation, gate) for gate in gates]
-    table = np.stack([mean_average_precision(scores) for scores in gated], axis=-1)  # (T, G)
-    samples = np.stack([bootstrap(scores) for scores in gated], axis=-1)  # (BOOTSTRAPS, T, G)
+    table, samples = mean_average_precision(evaluation.scores), bootstrap(evaluation.scores)
     gains = samples - samples[:, default[0], default[1]][:, None, None]
     proven = table - table[default] - PROOF * gains.std(axis=0)
     best = np.unravel_index(proven.argmax(), proven.shape)
     return best if proven[best] > 0 else default
 
 
-def choose_thresholds(evaluate: Callable[[Sequence[float]], Evaluation],
-                      given: Thresholds) -> Thresholds:
+def choose_thresholds(evaluate: Callable[[Grid], Evaluation], given: Thresholds) -> Thresholds:
     """The given thresholds, or those that search_thresholds proves better, on the images that
-    `evaluate` scores at any box thresholds."""
-    box_thresholds = np.union1d(BOX_THRESHOLDS, given.box).tolist()
-    gates = np.union1d(GATE_THRESHOLDS, given.gate).tolist()
-    default = box_thresholds.index(given.box), gates.index(given.gate)
-    evaluation = evaluate(box_thresholds)
+    `evaluate` scores at the thresholds of any grid."""
+    grid = Grid(np.union1d(BOX_THRESHOLDS, given.box).tolist(),
+                np.union1d(GATE_THRESHOLDS, given.gate).tolist())
+    default = grid.boxes.index(given.box), grid.gates.index(given.gate)
+    evaluation = evaluate(grid)
     scored = int((~np.isnan(evaluation.scores_at(given.box, given.gate))).sum())
     if scored < FEWEST_SCORED:
         return given._replace(
             source=f"{given.source}; {scored} images with boxes are too few for a search")
-    box, gate = search_thresholds(evaluation, gates, default)
+    box, gate = search_thresholds(evaluation, default)
     images = f"{len(evaluation.scores)} images"
     source = f"searched on {images}"
     if (box, gate) == default:
         source = f"{given.source}; a search on {images} proved nothing better"
-    return given._replace(box=box_thresholds[box], gate=gates[gate], source=source)
+    return given._replace(box=grid.boxes[box], gate=grid.gates[gate], source=source)
 
 
 def prediction_string(boxes: np.ndarray, confidences: np.ndarray) -> str:

@@ -125,7 +125,7 @@ def make_parser() -> cli.Parser:
     add("--box-threshold", "--bt", type=cli.bounded(0, 1),
         help="mask probability above which a pixel belongs to a box (default: the checkpoint's)")
     add("--gate-threshold", "--gt", type=cli.bounded(0, 1),
-        help="highest probability below which an image has no boxes (default: the checkpoint's)")
+        help="highest probability below which a region is left out (default: the checkpoint's)")
     add("--image-size", type=cli.bounded(64, 8192, int), default=IMAGE_SIZE,
         help="longest side of the annotated images in pixels (default: %(default)s)")
     parser.add_runtime_options(batch_size=16, rescale_factor=None)

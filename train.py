@@ -86,7 +86,7 @@ def add_run_options(add: Callable) -> None:
     add("--box-threshold", "--bt", type=cli.bounded(0, 1), default=Thresholds().box,
         help="mask probability above which a pixel belongs to a box, 0 to 1 (default: %(default)s)")
     add("--gate-threshold", "--gt", type=cli.bounded(0, 1), default=Thresholds().gate,
-        help="highest probability below which an image has no boxes, 0 to 1 (default: %(default)s)")
+        help="highest probability below which a region is left out, 0 to 1 (default: %(default)s)")
 
 
 def add_recipe_options(add: Callable) -> None:
@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.train_threshold:
             thresholds = choose_thresholds(partial(score, parts["validation"]), thresholds)
         scored = parts.get("test", parts["validation"])  # the fold, if one was left out
-        evaluation = score(scored, thresholds.and_curve())
+        evaluation = score(scored, thresholds.and_curves())
         if records:
             records.finish(evaluation, thresholds, scored, laps)
     # the model is good, but a fault of these scripts that cost images must not go unnoticed
@@ -305,7 +305,7 @@ def fit(training: Training, score: Callable, thresholds: Thresholds, args: argpa
     for epoch in range(len(training.history) + 1, args.epochs + 1):
         training.seed_epoch(args.seed, epoch)
         train_loss, speed = train_one_epoch(training, log)
-        evaluation = score([thresholds.box])
+        evaluation = score(thresholds.alone())
         scores = training.add_epoch(train_loss, evaluation.summarize(thresholds))
         if records:
             records.log_epoch(evaluation, thresholds, speed)

@@ -24,7 +24,6 @@ CURVES = {  # of curves.png: {title: {name in the history: label}}
     "loss": {"train_loss": "training", "loss": "validation"},
     "average precision": {"rsna": "RSNA mAP", "total": "total AP"},
     "image ROC AUC": {"auc": "validation"}, "learning rate": {"learning_rate": "after the epoch"}}
-GATES = [step / 50 for step in range(51)]
 ALLOWED = [2 ** (step / 8) for step in range(-32, 9)]  # false boxes an image, 1/16 to 2
 
 
@@ -35,7 +34,7 @@ def draw_history(path: Path, history: Sequence[dict[str, float]]) -> None:
 
 def draw_scores(path: Path, evaluation: Evaluation, thresholds: Thresholds) -> None:
     """Plots ROC, precision-recall and FROC curves, and the score over each threshold, with those in
-    use. The evaluation's box thresholds are that in use and CURVE_THRESHOLDS."""
+    use. The evaluation's grid is thresholds.and_curves()."""
     _plot(path, 4, _draw_scores, evaluation, thresholds)
 
 
@@ -91,8 +90,8 @@ def _draw_scores(figure, evaluation, thresholds):
     precision.set(title="images: precision and recall", xlabel="recall", ylabel="precision")
     scores = [evaluation.scores_at(step, gate) for step in CURVE_THRESHOLDS]
     score.plot(CURVE_THRESHOLDS, [*map(mean_average_precision, scores)], label="box threshold")
-    scores = [evaluation.scores_at(thresholds.box, step) for step in GATES]
-    score.plot(GATES, [*map(mean_average_precision, scores)], label="gate threshold")
+    scores = [evaluation.scores_at(thresholds.box, step) for step in CURVE_THRESHOLDS]
+    score.plot(CURVE_THRESHOLDS, [*map(mean_average_precision, scores)], label="gate threshold")
     score.axvline(thresholds.box, color="C0", linestyle="--", label="box threshold in use")
     score.axvline(gate, color="C1", linestyle="--", label="gate threshold in use")
     score.set(title="RSNA mean average precision", xlabel="threshold")

@@ -33,7 +33,7 @@ class Prediction(NamedTuple):
     path: str
     row: Row  # of the report; the remark of a file that was skipped is the reason
     boxes: str = ""  # "confidence x y width height ..." in pixels of the original image
-    scores: Sequence[float] = ()  # of a labelled image, at Thresholds.and_curve()
+    scores: Sequence[Sequence[float]] = ()  # (T, G) of a labelled image, at Thresholds.and_curves()
     candidates: Sequence[tuple[float, bool]] = ()  # of a labelled image, for FROC
     is_fault: bool = False  # whether it was skipped because the network or this code is at fault
     size: Sequence[int] = ()  # (height, width) of an image in pixels
@@ -140,7 +140,7 @@ class Predictions:
             if overlay.truth is not None:
                 image = mask, overlay.original_size, overlay.truth
                 options["scores"] = metrics.score_mask(
-                    *image, self.thresholds.and_curve(), self.thresholds.size_weight)
+                    *image, self.thresholds.and_curves(), self.thresholds.size_weight)
                 options["candidates"] = metrics.find_candidates(*image, self.thresholds)
             row = Row.of(overlay)._replace(remark=reading.note)
             made = Prediction(
@@ -276,7 +276,7 @@ class Predictions:
         if not scored:
             return lines
         evaluation = metrics.Evaluation(
-            loss=float("nan"), box_thresholds=self.thresholds.and_curve(),
+            loss=float("nan"), grid=self.thresholds.and_curves(),
             confidences=np.array([one.row.confidence for one in scored]),
             true_boxes=np.array([one.row.true_boxes for one in scored]),
             views=np.array([self.labels.views.get(one.patient_id, "") for one in scored]),

@@ -14,11 +14,13 @@ import parallel
 import train
 from dataset import PneumoniaDataset
 from engine import evaluate, train_one_epoch
+from metrics import Grid
 from model import load_checkpoint
 
 # at the default rate 20 steps amplify the last bits of a sum in another order to 4e-4
 FLAGS = ["--optimizer", "sgd", "--lr", "0.01", "--width", "4", "--rescale-factor", "16",
          "--epochs", "1"]
+GRID = Grid([0.04, 0.05], [0.0, 0.1])
 
 
 class Batches(list):
@@ -45,7 +47,7 @@ def main(folder):
     dataset = parallel.once(lambda: open_study(folder / "study.pt"), runtime)
     start = folder / "start.pth.tar"
     evaluation = evaluate(load_checkpoint(start)[0], dataset, range(len(dataset)),
-                          [0.04, 0.05], runtime=runtime, batch_size=3)
+                          GRID, runtime=runtime, batch_size=3)
     images, masks = torch.load(folder / "batches.pt")  # (steps, parts, B, 1, S, S)
     own = Batches(zip(images[:, runtime.rank], masks[:, runtime.rank]))
     training, losses = build_training(start, own, runtime), []

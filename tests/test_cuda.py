@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 import engine
 import train
 from engine import combined_loss, evaluate, train_one_epoch
+from metrics import Thresholds
 from model import PneumoniaUNET, Runtime
 
 CUDA, SIDE, COUNT = torch.device("cuda", 0), 64, 2
@@ -187,6 +188,7 @@ class Study:
 def test_evaluation_copies_the_masks_of_a_batch_once(model, runtime, cuda):
     fake_values(cuda)
     with Operations() as operations:
-        evaluation = evaluate(model, Study(), range(4), [0.6], runtime=runtime, batch_size=2)
+        evaluation = evaluate(model, Study(), range(4), Thresholds().alone(), runtime=runtime,
+                              batch_size=2)
     assert evaluation.loss == 0.5 and evaluation.confidences.tolist() == [0.5] * 4
     assert operations.copies("cpu", "cuda") == 4 and operations.copies("cuda", "cpu") == 2

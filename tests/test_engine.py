@@ -8,7 +8,7 @@ import torch
 import train
 from cli import InputError
 from engine import check_losses, combined_loss, evaluate, training_loader
-from metrics import Thresholds, average_precision_image, choose_thresholds, find_boxes
+from metrics import Grid, Thresholds, average_precision_image, choose_thresholds, find_boxes
 from model import PneumoniaUNET, choose_runtime
 from results import overlays
 
@@ -167,7 +167,8 @@ def scored(labelled):
     some = indices[::2]
     for index, overlay in zip(some, overlays(model, dataset, some, thresholds, runtime=CPU)):
         dataset.boxes[index] = overlay.boxes  # these agree with the model at these thresholds
-    evaluation = evaluate(model, dataset, indices, [0.2, thresholds.box], runtime=CPU)
+    grid = Grid([0.2, thresholds.box], [0.1, 0.2, thresholds.gate])
+    evaluation = evaluate(model, dataset, indices, grid, runtime=CPU)
     drawn = [average_precision_image(overlay.boxes, overlay.confidences, overlay.truth)
              for overlay in overlays(model, dataset, indices, thresholds, runtime=CPU)]
     assert 0.1 < np.nanmean(drawn) < 1 and np.isnan(drawn).any()
@@ -183,7 +184,7 @@ def test_scores_of_one_pass_are_those_of_the_boxes_that_are_drawn(scored):
 
 def test_an_evaluation_holds_every_image_in_order(scored, labelled):
     (evaluation, _), (_, dataset, parts) = scored, labelled
-    assert evaluation.scores.shape == (36, 2)
+    assert evaluation.scores.shape == (36, 2, 3)
     assert evaluation.views.tolist() == [dataset.views[index] for index in parts["training"]]
     assert set(evaluation.views) == {"AP", "PA"}
     boxes = [len(dataset.boxes[index]) > 0 for index in parts["training"]]
@@ -194,7 +195,8 @@ def test_an_evaluation_holds_every_image_in_order(scored, labelled):
 def test_batch_size_does_not_change_scores(labelled, batch_size):
     _, dataset, parts = labelled
     one, other = (
-        evaluate(Brightness(), dataset, parts["training"], [0.3], runtime=CPU, batch_size=size)
+        evaluate(Brightness(), dataset, parts["training"], Thresholds(0.3).alone(), runtime=CPU,
+                 batch_size=size)
         for size in (36, batch_size))
     np.testing.assert_allclose(one.confidences, other.confidences, rtol=1e-5)
     np.testing.assert_allclose(one.scores, other.scores)
@@ -227,4 +229,4 @@ class Lost(torch.nn.Module):
 def test_a_validation_loss_that_is_not_finite_is_refused(labelled):
     _, dataset, parts = labelled
     with pytest.raises(InputError, match="the validation loss is nan.*--learning-rate"):
-        evaluate(Lost(), dataset, parts["validation"], [0.5], runtime=CPU)
+        evaluate(Lost(), dataset, parts["validation"], Thresholds().alone(), runtime=CPU)

@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 import metrics
 from metrics import Thresholds, average_precision_image, find_boxes, parse_boxes, prediction_string
@@ -94,14 +95,15 @@ def test_boxes_go_to_another_image_size_and_back():
     np.testing.assert_allclose(metrics.rescale_boxes(there, (64, 64), (500, 1000)), boxes)
 
 
-def test_parse_boxes_finds_regions_with_their_mean_probability():
+def test_parse_boxes_finds_regions_with_their_mean_and_highest_probability():
     mask = np.zeros((8, 10), np.float32)
     mask[1:3, 2:5] = 0.5
     mask[5:8, 6:10] = 0.75
+    mask[6, 7], mask[7, 8] = 1, 0.5
     mask[0, 9] = 1  # below the minimum area
-    boxes, confidences = parse_boxes(mask, 0.4, min_area=2)
+    boxes, confidences, peaks = parse_boxes(mask, 0.4, min_area=2)
     assert boxes.tolist() == [[6, 5, 4, 3], [2, 1, 3, 2]]
-    assert confidences.tolist() == [0.75, 0.5]
+    assert confidences.tolist() == [0.75, 0.5] and peaks.tolist() == [1, 0.5]
     assert parse_boxes(mask, 0.4)[0].tolist() == [[9, 0, 1, 1], [6, 5, 4, 3], [2, 1, 3, 2]]
     assert len(parse_boxes(mask, 1.0)[0]) == 0
 
@@ -112,7 +114,7 @@ def test_diagonal_neighbours_are_one_region():
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 3)])
 def test_a_mask_that_is_one_region_gives_one_box(shape):
-    boxes, confidences = parse_boxes(np.full(shape, 0.75), 0.5)
+    boxes, confidences, _ = parse_boxes(np.full(shape, 0.75), 0.5)
     assert boxes.tolist() == [[0, 0, shape[1], shape[0]]] and confidences.tolist() == [0.75]
 
 
@@ -144,7 +146,7 @@ def test_the_minimum_area_is_a_share_of_the_image(side):
     mask[:4, :5] = 0.8  # 20 of 4,096: above 5,000 / 1,024**2
     mask[60:, 60:63] = 0.8
     mask[60:, 55:57] = 0.9  # 8 of 4,096
-    mask[32:37, 32:36] = 0.7
+    mask[32:37, 32:36] = 0.79
     boxes, _ = find_boxes(mask, (side, side), RAW)
     np.testing.assert_allclose(boxes * 64 / side, [[0, 0, 5, 4], [32, 32, 4, 5]])
 
@@ -189,11 +191,33 @@ def test_no_boxes_stay_no_boxes():
     assert metrics.regress_sides(np.zeros((0, 4)), (1000, 2000), 0.8).shape == (0, 4)
 
 
-def test_a_mask_is_scored_at_every_box_threshold_without_a_gate():
+def test_a_mask_is_scored_at_every_box_threshold_with_every_gate():
     mask = np.zeros((64, 64))
-    mask[16:32, 8:24] = 0.4
-    [box], _ = find_boxes(mask, (2048, 1024), Thresholds(box=0.3, gate=0))
-    assert metrics.score_mask(mask, (2048, 1024), [box], [0.3, 0.5]) == [1, 0]
+    mask[16:32, 8:24], mask[16:32, 40:56] = 0.4, 0.7
+    [faint], _ = find_boxes(mask[:, :32], (2048, 512), Thresholds(box=0.3, gate=0))
+    table = metrics.score_mask(mask, (2048, 1024), [faint], metrics.Grid([0.3, 0.5], [0, 0.4, 0.5]))
+    assert table == [[0.5, 0.5, 0], [0, 0, 0]]
+
+
+def test_regions_below_the_gate_are_left_out_beside_one_above_it():
+    mask = np.zeros((64, 64))
+    mask[16:32, 8:24], mask[16:32, 40:56] = 0.7, 0.9
+    boxes, confidences = find_boxes(mask, (64, 64), Thresholds(gate=0.8, size_weight=1))
+    assert boxes.tolist() == [[40, 16, 16, 16]] and confidences == pytest.approx([0.9])
+    assert len(find_boxes(mask, (64, 64), Thresholds(gate=0.7))[0]) == 2
+    assert len(find_boxes(mask, (64, 64), Thresholds(gate=0.91))[0]) == 0
+
+
+def test_scores_on_a_grid_are_those_of_the_boxes_found():
+    rng = np.random.default_rng(0)
+    grid = metrics.Grid([0.3, 0.5, 0.6], [0, 0.5, 0.6, 0.7])
+    for _ in range(20):
+        mask = ndimage.gaussian_filter(rng.random((64, 64)), 4)
+        mask = (mask - mask.min()) / np.ptp(mask) * 0.8
+        truth = rng.uniform(5, 30, (2, 4))
+        expected = [[average_precision_image(*find_boxes(mask, (64, 64), Thresholds(box, gate)),
+                                             truth) for gate in grid.gates] for box in grid.boxes]
+        assert metrics.score_mask(mask, (64, 64), truth, grid) == expected
 
 
 # FROC
@@ -273,8 +297,8 @@ def test_nothing_is_hit_without_true_boxes_or_candidates(boxes, faint_mask):
 
 
 def test_an_evaluation_reads_froc_at_five_rates():
-    evaluation = metrics.Evaluation(0.0, [0.5], np.full(4, 0.9), np.array([2, 1, 0, 0]),
-                                    np.full(4, ""), np.zeros((4, 1)),
+    evaluation = metrics.Evaluation(0.0, Thresholds().alone(), np.full(4, 0.9),
+                                    np.array([2, 1, 0, 0]), np.full(4, ""), np.zeros((4, 1, 1)),
                                     np.array([[0.9, 1], [0.8, 0], [0.7, 1]]))
     figures = evaluation.summarize(Thresholds())
     shares = [figures[f"froc_{rate}"] for rate in ("0.125", "0.25", "0.5", "1", "2")]
@@ -306,12 +330,17 @@ def test_roc_auc_of_one_class_alone_is_nan(positive):
 
 
 GATES = metrics.GATE_THRESHOLDS.tolist()
+GRID = metrics.Grid(metrics.BOX_THRESHOLDS.tolist(), GATES)
 DEFAULT = 29, GATES.index(0.8)
 
 
-def evaluation_of(scores, confidences, positive):
-    return metrics.Evaluation(0.0, metrics.BOX_THRESHOLDS, confidences, positive,
-                              np.full(len(scores), ""), scores)
+def evaluation_of(scores, confidences, positive, grid=GRID):
+    """Of images with one region each, which has the image's confidence as its peak; `scores`
+    (N, T) are those without a gate."""
+    below = np.where(positive, 0.0, np.nan)[:, None, None]
+    above = confidences[:, None, None] >= np.array(grid.gates)
+    return metrics.Evaluation(0.0, grid, confidences, positive, np.full(len(scores), ""),
+                              np.where(above, scores[:, :, None], below))
 
 
 @pytest.fixture
@@ -325,13 +354,13 @@ def separable():
 
 
 def test_the_search_leaves_defaults_that_are_wrong(separable):
-    row, column = metrics.search_thresholds(separable, GATES, DEFAULT)
+    row, column = metrics.search_thresholds(separable, DEFAULT)
     assert 28 <= row <= 32 and 0.45 <= GATES[column] <= 0.7
 
 
 def test_the_search_keeps_defaults_where_nothing_scores(separable):
-    nothing = separable._replace(scores=np.zeros((40, 59)))
-    assert metrics.search_thresholds(nothing, GATES, DEFAULT) == DEFAULT
+    nothing = separable._replace(scores=np.zeros((40, 59, 20)))
+    assert metrics.search_thresholds(nothing, DEFAULT) == DEFAULT
 
 
 def test_the_search_keeps_defaults_where_a_better_pair_may_be_luck():
@@ -340,24 +369,25 @@ def test_the_search_keeps_defaults_where_a_better_pair_may_be_luck():
         # an image's score changes gradually, and no threshold is better than others
         walk = np.cumsum(rng.normal(0, 0.05, (100, 59)), axis=1)
         scores = 0.5 + walk - walk.mean(axis=1, keepdims=True)
-        evaluation = evaluation_of(scores, np.full(100, 0.9), np.ones(100, bool))
-        row, _ = metrics.search_thresholds(evaluation, [0.8], (29, 0))
+        evaluation = evaluation_of(scores, np.full(100, 0.9), np.ones(100, bool),
+                                   metrics.Grid(GRID.boxes, [0.8]))
+        row, _ = metrics.search_thresholds(evaluation, (29, 0))
         kept += row == 29
         moved += metrics.mean_average_precision(scores).argmax() != 29
     assert moved >= 45 and kept >= 30
 
 
 def test_the_search_is_the_same_at_every_call(separable):
-    first, second = (metrics.search_thresholds(separable, GATES, DEFAULT) for _ in range(2))
+    first, second = (metrics.search_thresholds(separable, DEFAULT) for _ in range(2))
     assert first == second
 
 
 def choose(separable, given):
     """choose_thresholds where images score 0.6 at box thresholds from 28 / 60 to 32 / 60."""
-    def evaluate(box_thresholds):
-        good = np.abs(np.array(box_thresholds) - 0.5) < 0.04
+    def evaluate(grid):
+        good = np.abs(np.array(grid.boxes) - 0.5) < 0.04
         scores = np.where(separable.positive[:, None] & good, 0.6, 0)
-        return separable._replace(box_thresholds=box_thresholds, scores=scores)
+        return evaluation_of(scores, separable.confidences, separable.positive, grid)
     return metrics.choose_thresholds(evaluate, given)
 
 
@@ -381,7 +411,7 @@ def test_thresholds_print_their_values_and_source():
 def test_a_gate_takes_the_boxes_of_the_images_below_it(separable):
     def score(gate):
         return separable.summarize(Thresholds(0.5, gate))["rsna"]
-    assert score(0) == pytest.approx(0.3) and score(0.5) == pytest.approx(0.6) and score(0.71) == 0
+    assert score(0) == pytest.approx(0.3) and score(0.5) == pytest.approx(0.6) and score(0.75) == 0
 
 
 def test_figures_are_those_of_the_box_threshold_in_use(separable):
@@ -400,9 +430,9 @@ def test_auc_within_views_does_not_reward_knowing_the_view():
     positive = np.array([True] * 38 + [False] * 62 + [True] * 9 + [False] * 91)
     views = np.array(["AP"] * 100 + ["PA"] * 100)
     confidences = np.where(views == "AP", 0.9, 0.1)
-    scores = np.zeros((200, 1))
-    by_view_alone = metrics.Evaluation(0.0, [0.5], confidences, positive, views, scores)
-    figures = by_view_alone.summarize(Thresholds(0.5, gate=0))
+    by_view_alone = metrics.Evaluation(0.0, Thresholds().alone(), confidences, positive, views,
+                                       np.zeros((200, 1, 1)))
+    figures = by_view_alone.summarize(Thresholds())
     assert figures["auc"] > 0.7 and figures["auc_AP"] == figures["auc_PA"] == 0.5
 
 

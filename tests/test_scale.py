@@ -236,7 +236,8 @@ def test_all_processes_end_an_epoch_with_the_same_weights_and_statistics(several
 def test_processes_score_each_image_as_one_does(several, study):
     dataset = scale_worker.open_study(study / "study.pt")
     model, _ = load_checkpoint(study / "start.pth.tar")
-    alone = evaluate(model, dataset, range(len(dataset)), [0.04, 0.05], runtime=CPU, batch_size=3)
+    alone = evaluate(model, dataset, range(len(dataset)), scale_worker.GRID, runtime=CPU,
+                     batch_size=3)
     for ours, theirs in zip(alone, several[1]["evaluation"], strict=True):
         assert np.array_equal(ours, theirs, equal_nan=np.asarray(ours).dtype.kind == "f")
 

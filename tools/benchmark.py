@@ -138,13 +138,13 @@ def count_operations(rescale_factor: int, *, training: bool) -> int:
 
 def box_stages(cases: list[Overlay], folder: Path) -> list[Stage]:
     """Stages from masks to boxes, scores and pictures."""
-    images, default = len(cases), [metrics.Thresholds().box]
+    images, default = len(cases), metrics.Thresholds().alone()
     pictures = [draw_overlay(case) for case in cases[:DISTINCT]]
 
-    def score(thresholds: Sequence[float]) -> metrics.Evaluation:
-        scores = [metrics.score_mask(case.mask, case.original_size, case.truth, thresholds)
+    def score(grid: metrics.Grid) -> metrics.Evaluation:
+        scores = [metrics.score_mask(case.mask, case.original_size, case.truth, grid)
                   for case in cases]
-        return metrics.Evaluation(0.0, thresholds, np.full(images, 0.5), np.ones(images, bool),
+        return metrics.Evaluation(0.0, grid, np.full(images, 0.5), np.ones(images, bool),
                                   np.full(images, ""), np.array(scores))
 
     def label(thresholds: Sequence[float]) -> None:
@@ -153,7 +153,7 @@ def box_stages(cases: list[Overlay], folder: Path) -> list[Stage]:
 
     return [Stage(lambda: metrics.choose_thresholds(score, metrics.Thresholds()), images,
                   lambda: label(metrics.BOX_THRESHOLDS), images),
-            Stage(lambda: score(default), images, lambda: label(default), images),
+            Stage(lambda: score(default), images, lambda: label(default.boxes), images),
             Stage(each(partial(save_overlay, folder), cases), images,
                   each(encode_png, pictures), len(pictures))]
 

@@ -68,7 +68,7 @@ def score_folder(data, folder, runtime):
     for kind in KINDS:
         model, _ = load_checkpoint(folder / kind / "final.pth.tar", runtime.device)
         evaluations[kind] = evaluate(model, dataset, range(len(dataset)),
-                                     [metrics.Thresholds().box], runtime=runtime)
+                                     metrics.Thresholds().alone(), runtime=runtime)
     return evaluations, np.array(dataset.patients)
 
 

@@ -10,7 +10,7 @@ from conftest import ROOT
 from matplotlib.figure import Figure
 from PIL import Image
 
-from metrics import Evaluation, Thresholds
+from metrics import Evaluation, Grid, Thresholds
 from results import curves
 
 EPOCH = {"train_loss": 0.9, "loss": 0.8, "rsna": 0.1, "total": 0.05, "auc": 0.7}
@@ -29,11 +29,12 @@ def figure(monkeypatch):
 
 
 def evaluation(positive):
-    """Three images, all of which are found at a box threshold of 0.55 and none at the others."""
-    box_thresholds = [*curves.CURVE_THRESHOLDS, 0.55]
-    scores = np.zeros((3, len(box_thresholds)))
-    scores[:, -1] = 1
-    return Evaluation(0.5, box_thresholds, np.array([0.2, 0.6, 0.9]), np.array(positive),
+    """Three images, all of which are found at a box threshold of 0.55, if the gate is at most 0.6,
+    and none at the others."""
+    grid = Grid([*curves.CURVE_THRESHOLDS, 0.55], [*curves.CURVE_THRESHOLDS])
+    scores = np.zeros((3, 10, 9))
+    scores[:, -1, :6] = 1
+    return Evaluation(0.5, grid, np.array([0.2, 0.6, 0.9]), np.array(positive),
                       np.full(3, ""), scores, np.array([[0.9, 1], [0.8, 0], [0.7, 1]]))
 
 

@@ -64,8 +64,8 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys, mon
 def test_metrics_without_a_value_are_null_since_json_has_no_nan(tmp_path):
     settings = dict.fromkeys(records.COMPARED, 1) | {
         "checkpoint": str(tmp_path / "last.pth.tar"), "save_images": False, "workers": 1}
-    without_negatives = Evaluation(0.5, Thresholds().and_curve(), np.ones(2), np.ones(2, bool),
-                                   np.full(2, ""), np.zeros((2, len(Thresholds().and_curve()))))
+    without_negatives = Evaluation(0.5, Thresholds().and_curves(), np.ones(2), np.ones(2, int),
+                                   np.full(2, ""), np.zeros((2, 10, 10)))
     before = training(1, [{"loss": 0.5, "auc": float("nan")}])
     with Records(tmp_path, settings, before, IMAGES, BEFORE) as run:
         run.finish(without_negatives, Thresholds(), [], [0, 1, 2])
