@@ -70,10 +70,9 @@ def default_model() -> str:
     return path if os.environ.get("TRAINML_MODEL_PATH") or os.path.exists(path) else str(SHIPPED)
 
 
-def name_model(*paths: str | Path) -> str:
-    """What results call the model of these checkpoints."""
-    names = {str(SHIPPED): "the shipped model (docs/model-card.md)"}
-    return ", ".join(names.get(str(path), str(path)) for path in paths)
+def name_model(path: str | Path) -> str:
+    """What results call the model of a checkpoint."""
+    return "the shipped model (docs/model-card.md)" if Path(path) == SHIPPED else str(path)
 
 
 def require(path: str | Path, kind: str, *, flag: str, variable: str | None = None) -> Path:

@@ -20,7 +20,7 @@ import parallel
 from data_processing import read_split
 from dataset import Augmentation, PneumoniaDataset
 from metrics import Evaluation, Grid, Thresholds, find_candidates, image_confidence, score_mask
-from model import Ensemble, PneumoniaUNET, Runtime, load_checkpoint
+from model import PneumoniaUNET, Runtime, load_checkpoint
 
 POSITIVE_WEIGHT = 2  # how much more often an image with opacities is drawn in training
 CHECK_STEPS = 20  # between checks of the loss, each of which waits for the GPU
@@ -37,13 +37,11 @@ class Start(NamedTuple):
 
     @classmethod
     def of_file(cls, path: str | None) -> "Start":
-        """Of the file that --checkpoint names, the first network if it has several; raises
-        InputError as load_checkpoint does."""
+        """Of the file that --checkpoint names; raises InputError as load_checkpoint does."""
         if not path:
             return cls()
         path = cli.require(path, "file", flag="--checkpoint")
-        model, state = load_checkpoint(path)
-        return cls(model.networks[0] if isinstance(model, Ensemble) else model, state, path)
+        return cls(*load_checkpoint(path), path)
 
     @property
     def continues(self) -> bool:

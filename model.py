@@ -2,7 +2,6 @@
 
 import io
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,7 +119,10 @@ class PneumoniaUNET(nn.Module):
         """images (B, 1, P * H, P * W) in 0..1 -> mask logits of the same shape; P: patch size."""
         if self.training or not self.mirror:
             return self.one_view(images)
-        return mean_logits([self.one_view(images), self.one_view(images.flip(-1)).flip(-1)])
+        views = torch.stack([self.one_view(images), self.one_view(images.flip(-1)).flip(-1)])
+        # not the logit of the mean itself, which rounds probabilities near 1 to 1
+        above, below = (F.logsigmoid(sign * views).logsumexp(0) for sign in (1, -1))
+        return (above - below).where(views.isfinite().all(0), torch.nan)
 
     def one_view(self, images: torch.Tensor) -> torch.Tensor:
         """What forward returns, of the images alone without their mirror images."""
@@ -137,32 +139,6 @@ class PneumoniaUNET(nn.Module):
         x = self.up_2(self.up_3_t(x, down_2))             # (B, 2w, H/2, W/2)
         logits = self.up_1(self.up_2_t(x, down_1))        # (B, 1, H, W)
         return F.interpolate(logits.float(), images.shape[-2:], mode="bilinear")
-
-
-class Ensemble(nn.Module):
-    """Several networks whose masks are averaged. As with any network in evaluation mode, `forward`
-    takes images (B, 1, S, S) in 0..1 and returns mask logits of the same shape."""
-
-    def __init__(self, networks: Sequence[nn.Module]):
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
-
-    def check_side(self, rescale_factor: int) -> None:
-        """Raises InputError as PneumoniaUNET.check_side does."""
-        for network in self.networks:
-            network.check_side(rescale_factor)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return mean_logits([network(images) for network in self.networks])
-
-
-def mean_logits(views: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Logits of the mean of probabilities whose logits are given, all of one shape; NaN where one
-    is not finite."""
-    logits = torch.stack([view.float() for view in views])
-    # not the logit of the mean itself, which rounds probabilities near 1 to 1
-    above, below = (F.logsigmoid(sign * logits).logsumexp(0) for sign in (1, -1))
-    return (above - below).where(logits.isfinite().all(0), torch.nan)
 
 
 class Runtime(NamedTuple):
@@ -214,45 +190,24 @@ def _fastest_precision(device):
     return "bf16" if has_bf16 else "fp32"
 
 
-def save_checkpoint(path: Path, model: PneumoniaUNET | Ensemble, **state: Any) -> None:
-    """Writes the weights, the config that rebuilds the network, and `state` (plain values and
-    tensors), atomically; of an Ensemble, a list "networks" of the weights and config of each."""
-    networks = [{"state_dict": network.state_dict(), "config": network.config}
-                for network in (model.networks if isinstance(model, Ensemble) else [model])]
-    saved = networks[0] if len(networks) == 1 else {"networks": networks}
+def save_checkpoint(path: Path, model: PneumoniaUNET, **state: Any) -> None:
+    """Writes the weights, the config that rebuilds the model, and `state` (plain values and
+    tensors), atomically."""
     content = io.BytesIO()  # torch.save to a file would hide the error of a full disk
-    torch.save(saved | state, content)
+    torch.save({"state_dict": model.state_dict(), "config": model.config, **state}, content)
     with atomic_write(path) as file:
         file.write(content.getbuffer())
 
 
-def load_model(paths: Sequence[Path], device: torch.device | str) -> tuple[nn.Module, dict]:
-    """The network of a checkpoint, or the Ensemble of those of several, and the dictionary of the
-    first, whose thresholds are used. Raises InputError as load_checkpoint does, and if they were
-    trained on images of different sizes."""
-    models, checkpoints = zip(*(load_checkpoint(path, device) for path in paths))
-    factors = [checkpoint.get("rescale_factor") or 4 for checkpoint in checkpoints]
-    refuse_if(len(set(factors)) > 1, "the checkpoints have different rescale factors "
-              f"({', '.join(map(str, factors))}): give those of one with --model")
-    return models[0] if len(models) == 1 else Ensemble(models), checkpoints[0]
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[PneumoniaUNET, dict]:
+    """Rebuilds a model from a checkpoint of ours or of the earlier implementation, without
+    executing anything in the file.
 
-
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
-    """Rebuilds a network from a checkpoint of ours or of the earlier implementation, or the
-    Ensemble of a file of tools/ship.py, without executing anything in the file.
-
-    Returns it on `device` in evaluation mode, and the checkpoint's dictionary. Raises InputError
-    with the reason if the file is broken, holds anything but plain values and tensors, or belongs
-    to another network.
+    Returns the model on `device` in evaluation mode, and the checkpoint's dictionary. Raises
+    InputError with the reason if the file is broken, holds anything but plain values and tensors,
+    or belongs to another network.
     """
     checkpoint = _read_checkpoint(path, device)
-    networks = [_rebuild(path, network) for network in checkpoint.get("networks", [checkpoint])]
-    model = networks[0] if len(networks) == 1 else Ensemble(networks)
-    return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
-
-
-def _rebuild(path, checkpoint):
-    """The network whose state_dict and config are in the dictionary."""
     weights = checkpoint["state_dict"]
     config = checkpoint.get("config") or {"legacy": "up_1.1.bn.weight" in weights}
     try:
@@ -263,7 +218,7 @@ def _rebuild(path, checkpoint):
         reason = " ".join(str(error).split())
         raise InputError(
             f"{path} does not hold the weights of this network: {reason:.300}") from None
-    return model
+    return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 
 def _read_checkpoint(path, device):
@@ -279,9 +234,6 @@ def _read_checkpoint(path, device):
         reason = re.sub(".*WeightsUnpickler error: | (Please use|Check the doc).*", "", reason)
         raise InputError(
             f"{path} is not a checkpoint that can be loaded safely: {reason:.200}") from None
-    networks = checkpoint.get("networks", [checkpoint]) if isinstance(checkpoint, dict) else []
-    if not networks or not isinstance(networks, list) or not all(
-            isinstance(network, dict) and isinstance(network.get("state_dict"), dict)
-            for network in networks):
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise InputError(f"{path} is not a checkpoint of this project: it has no state_dict")
     return checkpoint

@@ -30,7 +30,7 @@ from data_processing import (
     refuse_mixture,
 )
 from metrics import Thresholds
-from model import Runtime, load_model
+from model import Runtime, load_checkpoint
 from radiographs import Reading, find_radiographs, read_images
 from results import (
     IMAGE_SIZE,
@@ -85,18 +85,17 @@ def thresholds_in_use(checkpoint: dict[str, Any], box: float | None,
     return thresholds
 
 
-def find_trained_on(models: Sequence[str]) -> set[str]:
-    """Ids of the images that the checkpoints were trained on, as far as their runs' split.csv lie
-    beside them."""
-    tables = {Path(model).with_name("split.csv") for model in models}
-    parts = [read_split(path) for path in tables if path.exists()]
-    return {key for part in parts for key, name in part.items() if name == "training"}
+def find_trained_on(model: str) -> set[str]:
+    """Ids of the images that a checkpoint was trained on, if its run's split.csv lies beside it."""
+    path = Path(model).with_name("split.csv")
+    parts = read_split(path) if path.exists() else {}
+    return {patient_id for patient_id, part in parts.items() if part == "training"}
 
 
 def describe_run(args: argparse.Namespace, runtime: Runtime, rescale_factor: int,
                  thresholds: Thresholds) -> dict[str, Any]:
     """What the results depend on apart from the radiographs, as plain values."""
-    return {"model": [cli.name_model(*args.model), *map(stamp_of, args.model)],
+    return {"model": [cli.name_model(args.model), stamp_of(args.model)],
             "labels": args.labels and [args.labels, stamp_of(args.labels)],
             "thresholds": thresholds, "rescale_factor": rescale_factor,
             "image_size": args.image_size if args.save_images or args.dicom else None,
@@ -108,9 +107,8 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(__doc__.splitlines()[0])
     parser.add_path("--data", "-d", kind="data", variable="TRAINML_DATA_PATH", nargs="+",
                     help="folders or files, DICOM, PNG, JPEG or TIFF")
-    parser.add_path("--model", kind="file", variable="TRAINML_MODEL_PATH", nargs="+",
-                    default=cli.default_model(),
-                    help="checkpoint of the network; of several, the masks are averaged")
+    parser.add_path("--model", kind="file", variable="TRAINML_MODEL_PATH",
+                    default=cli.default_model(), help="checkpoint of the network")
     has_folder = os.environ.get("TRAINML_OUTPUT_PATH")  # otherwise train.py saves to output
     parser.add_path("--output", kind="output", variable="TRAINML_OUTPUT_PATH",
                     part="" if has_folder else "predictions", help="folder for the results")
@@ -140,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runtime = parallel.join(args.device, args.precision)
 
     # network, thresholds and truth
-    model, checkpoint = load_model(args.model, runtime.device)
+    model, checkpoint = load_checkpoint(Path(args.model), runtime.device)
     rescale_factor = args.rescale_factor or checkpoint.get("rescale_factor") or 4
     model.check_side(rescale_factor)
     thresholds = thresholds_in_use(checkpoint, args.box_threshold, args.gate_threshold)
@@ -153,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         files = files_of_table(files, Path(args.labels), labels.boxes.keys())
     source = args.data[0] if len(args.data) == 1 else f"the {len(args.data)} paths given"
     print(f"files in {source}: {len(files)}; {runtime.device.type}, {runtime.dtype}; "
-          f"{cli.name_model(*args.model)}; {thresholds}")
+          f"{cli.name_model(args.model)}; {thresholds}")
     pictures = output / "images" if args.save_images else None
     if pictures:
         refuse_to_replace(files, pictures)
@@ -167,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         images = read_images(share.values(), side=cli.IMAGE_SIDE // rescale_factor,
                              workers=max(args.workers // parallel.find_launch().local_world, 1),
                              display_size=settings["image_size"])
-        objects = dicom_writer(output / "dicom", files, args.model) if args.dicom else None
+        objects = dicom_writer(output / "dicom", files, Path(args.model)) if args.dicom else None
         with picture_writer(pictures, objects and objects.write) as write_picture, \
                 images as readings:
             masks = predict_masks(model, zip(share, readings), runtime, batch_size=args.batch_size)

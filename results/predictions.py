@@ -56,14 +56,12 @@ def stamp_of(path: str | Path) -> list[int] | None:
         return [status.st_size, status.st_mtime_ns]
 
 
-def dicom_writer(folder: Path, files: dict[str, Path],
-                 checkpoints: Sequence[str]) -> "DicomWriter":  # noqa: F821
-    """The DicomWriter of images predicted with the model of these checkpoints; raises InputError if
-    its package, highdicom, is missing."""
+def dicom_writer(folder: Path, files: dict[str, Path], checkpoint: Path) -> "DicomWriter":  # noqa: F821
+    """The DicomWriter of images predicted with a checkpoint; raises InputError if its package,
+    highdicom, is missing."""
     from .dicom_objects import DicomWriter  # imported on use: few need highdicom
     gc.freeze()  # reports make garbage often; its collection need not search all modules
-    content = b"".join(Path(path).read_bytes() for path in checkpoints)
-    return DicomWriter(folder, files, hashlib.sha256(content).hexdigest())
+    return DicomWriter(folder, files, hashlib.sha256(checkpoint.read_bytes()).hexdigest())
 
 
 class Predictions:

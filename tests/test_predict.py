@@ -8,7 +8,6 @@ import zipfile
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import cli
@@ -469,22 +468,6 @@ def test_a_job_without_its_model_does_not_get_the_shipped_one(
     monkeypatch.setenv("TRAINML_MODEL_PATH", str(tmp_path / "models"))
     with pytest.raises(InputError, match="final.pth.tar does not exist.*TRAINML_MODEL_PATH"):
         predict.main(["--data", str(square), "--output", str(tmp_path / "output")])
-
-
-def test_several_models_are_averaged_and_named(square, tmp_path, checkpoint, capsys):
-    torch.manual_seed(1)
-    save_checkpoint(tmp_path / "b.pth.tar", PneumoniaUNET(patch_size=2), rescale_factor=16)
-    (tmp_path / "split.csv").write_text("patientId,split\na,training\n")  # beside b alone
-    labels = tmp_path / "labels.csv"
-    labels.write_text("patientId,x,y,width,height,Target\na,1,1,9,9,1\n")
-    alone, both = tmp_path / "alone", tmp_path / "both"
-    assert run(square, checkpoint, alone, "--labels", labels) == 0
-    assert "RSNA Mean" in capsys.readouterr().out
-    run(square, checkpoint, both, "--labels", labels, "--model", checkpoint, tmp_path / "b.pth.tar")
-    printed = capsys.readouterr().out
-    assert f"; {checkpoint}, {tmp_path / 'b.pth.tar'}; box " in printed
-    assert "the model was trained on, so not scored: 1" in printed
-    assert read_annotations(alone) != read_annotations(both)
 
 
 # Thresholds

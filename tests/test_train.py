@@ -18,7 +18,7 @@ import train
 from cli import InputError
 from engine import Start
 from metrics import Thresholds
-from model import Ensemble, PneumoniaUNET, load_checkpoint, save_checkpoint
+from model import PneumoniaUNET, load_checkpoint, save_checkpoint
 from radiographs import readers
 from results.records import Records
 
@@ -71,7 +71,8 @@ def interrupt(*_):
 
 def test_a_run_ends_in_its_thresholds_and_the_lines_of_the_tutorial(finished):
     _, figures, lines = finished
-    assert lines[-5].startswith("box threshold ") and figures["threshold_source"] in lines[-5]
+    assert lines[-6].startswith("box threshold ") and figures["threshold_source"] in lines[-6]
+    assert lines[-5].endswith(f", {figures['froc_2']:.2f} at 2")
     assert lines[-4].startswith(f"Image ROC AUC: {figures['image_roc_auc']:.4f}")
     scored = figures["scored_images"]
     assert f"{figures['rsna_standard_error']:.4f} (bootstrap over {scored} images)" in lines[-3]
@@ -448,13 +449,6 @@ def test_a_warm_start_takes_the_weights_and_continues_nothing(tmp_path):
     start, _ = warm_start(tmp_path, given)
     assert start.model.config == given.config and not start.continues
     assert torch.equal(start.model.up_1[1].conv.weight, given.up_1[1].conv.weight)
-
-
-def test_a_warm_start_from_several_networks_takes_the_first(tmp_path):
-    networks = [PneumoniaUNET(width=4), PneumoniaUNET(width=4)]
-    start, args = warm_start(tmp_path, Ensemble(networks))
-    assert args.width == 4 and start.model.config == networks[0].config
-    assert torch.equal(start.model.up_1[1].conv.weight, networks[0].up_1[1].conv.weight)
 
 
 NETWORK = {"width": 4, "alpha_leaky": 0.1, "bn_eps": 0.001, "bn_momentum": 0.2}
