@@ -1,6 +1,6 @@
 """Finds lung opacities in one radiograph at a time, for an endpoint job or as a web server.
 
-    MODEL_CHECKPOINT=output/final.pth.tar python endpoint.py
+    MODEL_CHECKPOINT=output/final.pth.tar python endpoint.py    # or without: the shipped weights
 
 Serves POST /predict, GET /health and, at /, a page to drop files on. Writes no file.
 """

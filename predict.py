@@ -1,7 +1,7 @@
 """Finds lung opacities in radiographs with a trained model.
 
     python predict.py -d data/stage_2_test_images --model output/final.pth.tar --output output/new
-    python predict.py -d scan.dcm photo.jpg --model output/final.pth.tar --output output/new
+    python predict.py -d scan.dcm photo.jpg    # with the weights of this repository
 
 Reads DICOM files and PNG, JPEG and TIFF images. Writes to --output: report.html, annotations.json,
 submission.csv, images/<patientId>.png, with --dicom dicom/<patientId>.sr.dcm and .sc.dcm, and where

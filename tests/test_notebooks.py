@@ -53,7 +53,9 @@ def test_notebooks_run_top_to_bottom(phantoms, tmp_path, monkeypatch):
             cell.source = re.sub(r"^Debug = .*", "Debug = True", cell.source)
             cell.source = cell.source.replace("= 5 if Debug", "= 2 if Debug")
         resources = {"metadata": {"path": str(tmp_path)}}
-        NotebookClient(notebook, timeout=600, resources=resources).execute()
+        # a machine that is busy may send a cell's pictures after the 4 seconds of the default
+        NotebookClient(
+            notebook, timeout=600, iopub_timeout=60, resources=resources).execute()
         assert_complete(notebook)
         assert (tmp_path / "train.csv").exists()
     _, state = load_checkpoint(tmp_path / "output" / "notebook" / "final.pth.tar")
