@@ -8,10 +8,10 @@ from model import PneumoniaUNET, save_checkpoint
 from tools import card
 
 
-def write_run(folder, seed, data, table, fold):
+def write_run(folder, data, table, fold):
     """What card.py reads of a run that left out one half of the patients."""
     folder.mkdir()
-    torch.manual_seed(seed)
+    torch.manual_seed(fold)
     model = PneumoniaUNET(patch_size=2, width=4)
     torch.nn.init.normal_(model.up_1[1].conv.weight)
     save_checkpoint(folder / "final.pth.tar", model, rescale_factor=8, best_threshold=0.05,
@@ -25,18 +25,17 @@ def write_run(folder, seed, data, table, fold):
     return str(folder)
 
 
-def test_the_card_scores_each_image_once_by_the_networks_that_left_it_out(
+def test_the_card_scores_each_image_once_by_the_network_that_left_it_out(
         phantoms, train_csv, tmp_path, monkeypatch, capsys):
     data = phantoms / "stage_2_train_images"
-    runs = [write_run(tmp_path / f"{fold}-{seed}", seed, data, train_csv, fold)
-            for fold in (1, 0) for seed in (1, 2)]
+    runs = [write_run(tmp_path / str(fold), data, train_csv, fold) for fold in (0, 1)]
     monkeypatch.setattr("sys.argv", ["card", "--ids", *runs])
     card.main()
     printed = capsys.readouterr().out
     table = pd.read_csv(train_csv, dtype=str)
     images, positive = table["patientId"].nunique(), table[table["Target"] == "1"]
-    assert re.findall(r"fold (\d): (\d+) images, (\d) networks", printed) == [
-        ("0", str(images - images // 2), "2"), ("1", str(images // 2), "2")]
+    assert re.findall(r"fold (\d): (\d+) images", printed) == [
+        ("0", str(images - images // 2)), ("1", str(images // 2))]
     assert f"| all | {images} | {positive['patientId'].nunique()} | " in printed
     parts = re.findall(r"\| fold \d \| (\d+) \|", printed)
     assert sum(map(int, parts)) == images
