@@ -10,7 +10,6 @@ a second run replaces the first. All that differs then is the date and time in t
 
 import io
 import warnings
-from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -18,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 from pydicom import Dataset, dcmread
-from pydicom.charset import default_encoding
 from pydicom.sr.codedict import codes
 from pydicom.uid import UID, ComprehensiveSRStorage, generate_uid
 
@@ -103,12 +101,14 @@ def read_source(path: Path) -> Dataset:
 
 def build_report(result: Result) -> Dataset:
     """The structured report: a group for each box, and one on the whole image."""
-    boxes = len(result.overlay.boxes)
-    context, algorithm = _maker(result.digest, str(result.overlay.thresholds))
+    boxes, thresholds = len(result.overlay.boxes), str(result.overlay.thresholds)
+    device = sr.DeviceObserverIdentifyingAttributes(
+        generate_uid(ROOT, [VERSION, result.digest]), PROGRAM, None, VERSION, result.digest)
+    context = sr.ObservationContext(None, sr.ObserverContext(codes.DCM.Device, device))
     presence = codes.SCT.Present if boxes else codes.SCT.Absent
     image = sr.MeasurementsAndQualitativeEvaluations(
         sr.TrackingIdentifier(result.uid("image"), "image"),
-        algorithm_id=algorithm,
+        algorithm_id=sr.AlgorithmIdentification(PROGRAM, VERSION, [thresholds]),
         qualitative_evaluations=[sr.QualitativeEvaluation(codes.DCM.PresenceOfProperty, presence)],
         source_images=[sr.SourceImageForMeasurementGroup(*result.reference())],
         **_finding(image_confidence(result.overlay.mask), codes.SCT.Maximum))
@@ -123,25 +123,7 @@ def build_report(result: Result) -> Dataset:
     report.CurrentRequestedProcedureEvidenceSequence, _ = sr.utils.collect_evidence(
         [result.source], report, report.StudyInstanceUID)
     report.update(content[0])
-    _mark_encoded(report)
     return report
-
-
-def _mark_encoded(dataset):
-    """Tells pydicom that it need not look for conversions in each item again when it writes."""
-    for element in dataset.elements():
-        for item in element.value if element.VR == "SQ" else ():
-            item.set_original_encoding(True, True, default_encoding)
-            _mark_encoded(item)
-
-
-@cache
-def _maker(digest, thresholds):
-    """The program, with its weights and thresholds, as observer and as algorithm."""
-    device = sr.DeviceObserverIdentifyingAttributes(
-        generate_uid(ROOT, [VERSION, digest]), PROGRAM, None, VERSION, digest)
-    return (sr.ObservationContext(None, sr.ObserverContext(codes.DCM.Device, device)),
-            sr.AlgorithmIdentification(PROGRAM, VERSION, [thresholds]))
 
 
 def _boxes(result):
