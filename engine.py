@@ -6,6 +6,7 @@ The processes of a run (parallel.py) share both.
 import math
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -218,4 +219,4 @@ def evaluate(model: nn.Module, dataset: PneumoniaDataset, indices: Sequence[int]
     true_boxes = np.array([len(dataset.boxes[index]) for index in indices])
     views = np.array([dataset.views[index] for index in indices])
     return Evaluation(float(np.mean(losses)), grid, np.array(confidences), true_boxes,
-                      views, np.array(scores), np.array(sum(candidates, [])).reshape(-1, 2))
+                      views, np.array(scores), np.array([*chain(*candidates)]).reshape(-1, 2))

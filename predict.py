@@ -149,15 +149,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     files, left_out = parallel.once(partial(find_files, args.data, output), runtime)
     if args.labels:
         files = files_of_table(files, Path(args.labels), labels.boxes.keys())
+    settings = describe_run(args, runtime, rescale_factor, thresholds)
     source = args.data[0] if len(args.data) == 1 else f"the {len(args.data)} paths given"
-    print(f"files in {source}: {len(files)}; {runtime.device.type}, {runtime.dtype}; "
-          f"{cli.name_model(args.model)}; {thresholds}")
+    print(f"files in {source}: {len(files)}", settings["device"], settings["model"][0], thresholds,
+          sep="; ")
     pictures = output / "images" if args.save_images else None
-    if pictures:
-        refuse_to_replace(files, pictures)
+    refuse_to_replace(files, pictures)
 
     # masks, boxes and pictures of this process's share of the files
-    settings = describe_run(args, runtime, rescale_factor, thresholds)
     with Predictions(output, (files, left_out), runtime, settings=settings, thresholds=thresholds,
                      labels=labels, trained_on=find_trained_on(args.model)) as predictions:
         batches = list(cli.batched(predictions.left, args.batch_size))

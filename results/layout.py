@@ -38,10 +38,10 @@ def picture_path(folder: Path, patient_id: str) -> Path:
     return folder / os.fsdecode(f"{patient_id}.png".encode())
 
 
-def refuse_to_replace(files: Mapping[str, Path], folder: Path) -> None:
+def refuse_to_replace(files: Mapping[str, Path], folder: Path | None) -> None:
     """Raises InputError if the picture of one of the `files` {patient_id: path} would replace it in
-    `folder`."""
-    for patient_id, path in files.items():
+    `folder`; None if there are no pictures."""
+    for patient_id, path in files.items() if folder else ():
         picture = picture_path(folder, patient_id)
         if os.path.exists(picture) and os.path.samefile(picture, path):
             raise InputError(f"{path} would be replaced by its picture: give another folder with "

@@ -7,8 +7,7 @@
     python -m tools.card output/fold-*
 
 Reads final.pth.tar, split.csv and metrics.json of each run, and the images and the train.csv that
-it was trained on. Each network scores the fold that it has not seen, at the thresholds of its file
-or those given.
+it was trained on. Each network scores the fold that it has not seen, at the thresholds of its file.
 """
 
 import argparse
@@ -19,8 +18,11 @@ import numpy as np
 import pandas as pd
 
 import metrics
+from cli import IMAGE_SIDE, usable_cores
 from data_processing import read_labels, read_split
 from dataset import PneumoniaDataset
+from engine import evaluate
+from metrics import Thresholds
 from model import choose_runtime, load_checkpoint
 from radiographs import find_dicom_files
 
@@ -32,32 +34,26 @@ WORST = 20  # images of each kind of error
 HEADERS = ["patientId", "PatientSex", "PatientAge", "ViewPosition", "class"]
 
 
-def predict_fold(run, given, runtime):
-    """A row for each image of the fold that a run left out."""
+def score_fold(run, runtime):
+    """A row for each image of the fold that a run left out, and the candidates of all for FROC."""
     arguments = json.loads((run / "metrics.json").read_text("utf-8"))["arguments"]
     data, table, fold = (arguments[name] for name in ("data", "labels", "fold"))
     model, state = load_checkpoint(run / "final.pth.tar", runtime.device)
-    thresholds = metrics.Thresholds.of_checkpoint(state)._replace(**given)
+    thresholds = Thresholds.of_checkpoint(state)
     files, labels = find_dicom_files(data)[0], read_labels(table)
     parts = read_split(run / "split.csv")
     files = {key: files[key] for key, part in sorted(parts.items()) if part == "test"}
-    dataset = PneumoniaDataset(files, labels, workers=2)
-    rows = []
-    for index, patient_id in enumerate(dataset.patient_ids):
-        images, _ = dataset[[index]]
-        mask = runtime.predict_masks(model, images)[0]
-        size, truth = dataset.original_sizes[index], dataset.boxes[index]
-        confidence = metrics.image_confidence(mask)
-        boxes, confidences = metrics.find_boxes(mask, size, thresholds)
-        rows.append({
-            "patientId": patient_id, "fold": fold, "positive": len(truth) > 0,
-            "confidence": confidence, "marked": confidence >= thresholds.gate,
-            "score": metrics.average_precision_image(boxes, confidences, truth),
-            "true_boxes": len(truth), "areas": truth[:, 2] * truth[:, 3],
-            "candidates": metrics.find_candidates(mask, size, truth, thresholds)})
-    print(f"fold {fold}: {len(rows)} images, {thresholds}", flush=True)
+    side = IMAGE_SIDE // state["rescale_factor"]
+    dataset = PneumoniaDataset(files, labels, side=side, workers=usable_cores())
+    evaluation = evaluate(model, dataset, range(len(dataset)), thresholds.alone(), runtime=runtime)
+    print(f"fold {fold}: {len(dataset)} images, {thresholds}", flush=True)
+    images = pd.DataFrame({
+        "patientId": dataset.patient_ids, "fold": fold, "positive": evaluation.positive,
+        "confidence": evaluation.confidences, "marked": evaluation.confidences >= thresholds.gate,
+        "score": evaluation.scores[:, 0, 0], "true_boxes": evaluation.true_boxes,
+        "areas": [boxes[:, 2] * boxes[:, 3] for boxes in dataset.boxes]})
     headers = pd.read_csv(table, dtype=str).drop_duplicates("patientId")[HEADERS]
-    return pd.DataFrame(rows).merge(headers, on="patientId")
+    return images.merge(headers, on="patientId"), evaluation.candidates
 
 
 def share(values):
@@ -105,8 +101,7 @@ def print_sizes(images):
               f"{metrics.bootstrap(scores).std():.3f} | {share(part['marked'])} |")
 
 
-def print_froc(images):
-    candidates = np.array([pair for pairs in images["candidates"] for pair in pairs])
+def print_froc(candidates, images):
     shares = metrics.froc(candidates, images["true_boxes"].sum(), len(images), metrics.FALSE_BOXES)
     print("\nFROC:", ", ".join(f"{value:.2f} at {rate:g}" for value, rate in
                                zip(shares, metrics.FALSE_BOXES)), "false boxes an image")
@@ -140,20 +135,14 @@ def print_worst(images, show):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders of train.py --folds")
-    parser.add_argument("--box-threshold", type=float, help="instead of the checkpoint's")
-    parser.add_argument("--gate-threshold", type=float, help="instead of the checkpoint's")
     parser.add_argument("--ids", action="store_true", help="print the ids of the worst images")
     args = parser.parse_args()
-    given = {"box": args.box_threshold, "gate": args.gate_threshold}
-    given = {name: value for name, value in given.items() if value is not None}
-    if given:
-        given["source"] = f"{' and '.join(given)} given by flag"
     runtime = choose_runtime("auto", "auto")
-    images = pd.concat([predict_fold(run, given, runtime) for run in args.runs],
-                       ignore_index=True)
+    tables, candidates = zip(*(score_fold(run, runtime) for run in args.runs))
+    images = pd.concat(tables, ignore_index=True)
     print_groups(images)
     print_sizes(images)
-    print_froc(images)
+    print_froc(np.concatenate(candidates), images)
     print_calibration(images)
     print_worst(images, args.ids)
 

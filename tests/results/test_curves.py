@@ -80,7 +80,7 @@ def test_froc_is_drawn_with_the_rates_at_which_it_is_read(tmp_path, figure):
     curves.draw_scores(tmp_path / "plot.png", evaluation([False, True, True]), Thresholds(0.55))
     curve, rates = figure[0].axes[3].get_lines()
     assert list(rates.get_xdata()) == [1 / 8, 1 / 4, 1 / 2, 1, 2]
-    assert list(rates.get_ydata()) == [0.5, 0.5, 1, 1, 1]  # 3 images: half an allowed box each is 1
+    assert list(rates.get_ydata()) == [0.5, 0.5, 1, 1, 1]  # of 3 images, 1/2 allows one false box
     assert curve.get_ydata()[0] == 0.5 and curve.get_ydata()[-1] == 1
 
 
