@@ -254,7 +254,7 @@ def score_mask(mask: np.ndarray, original_size: tuple[int, int], target_boxes: n
         boxes, confidences, peaks = _find_regions(
             mask, original_size, Thresholds(box_threshold, size_weight=size_weight))
         scores = {}  # {number of boxes: score}; a higher gate leaves a part of the boxes
-        counts = [int(sum(peaks >= gate)) for gate in grid.gates]
+        counts = (peaks[:, None] >= np.array(grid.gates)).sum(axis=0).tolist()
         for count, gate in zip(counts, grid.gates):
             if count not in scores:
                 scores[count] = average_precision_image(
